@@ -1,0 +1,174 @@
+"""One call from a source checkpoint to a packed one."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import resq
+from resq.checkpoint.files import CheckpointWriter
+from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, CalibrationEntry, Manifest, RecipeEntry, SourceEntry
+from resq.errors import InputError
+from resq.measure.card import model_card
+from resq.models.source import Source
+from resq.models.text import Windows, load_tokenizer, sampled_windows
+from resq.numerics.bands import INT8, PACKABLE_BITS
+from resq.ptq.pipeline import Job, LinearReport
+from resq.ptq.pipeline import quantize as run_pipeline
+from resq.ptq.recipe import Recipe
+from resq.ptq.recipes import recipe_named
+from resq.ptq.statistics import Progress
+
+# Files of a source that describe its weights; everything else of these kinds is copied.
+OWN_FILES = {"config.json", "README.md", MANIFEST_FILE}
+COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+DEFAULT_WINDOWS, DEFAULT_ROUNDING_WINDOWS, DEFAULT_LENGTH = 128, 128, 2048
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `quantize` made: where, its manifest, what each linear's rounding cost, and how long it all took."""
+
+    directory: Path
+    manifest: Manifest
+    linears: list[LinearReport]
+    seconds: float
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """A progress callback that shows nothing."""
+
+
+def chosen_recipe(name: str | Recipe, bits: int, head_bits: int) -> Recipe:
+    """A recipe by name with its low band at `bits` and its head at `head_bits` (8, or 16: unrounded)."""
+    recipe = recipe_named(name) if isinstance(name, str) else name
+    if bits not in PACKABLE_BITS or bits > 6:
+        raise InputError(f"--bits {bits} cannot be packed; accepted are 2, 3, 4 and 6")
+    if head_bits not in (8, 16):
+        raise InputError(f"--head-bits {head_bits} is not supported; accepted are 8 and 16")
+    precision = recipe.precision if bits == 4 else recipe.precision.with_low(bits)
+    return replace(recipe, precision=replace(precision, head=INT8 if head_bits == 8 else None))
+
+
+@torch.inference_mode()
+def quantize(
+    source: str | Path,
+    out: str | Path,
+    *,
+    recipe: str | Recipe = "resq",
+    calibration: Sequence[str | Path] = (),
+    windows: int = DEFAULT_WINDOWS,
+    rounding_windows: int | None = None,
+    window_length: int | None = None,
+    bits: int = 4,
+    head_bits: int = 16,
+    untie: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Result:
+    """Quantize a Hugging Face checkpoint (directory or hub id) into the new directory `out`.
+
+    `resq.quantize("llama", "llama-resq", calibration=["wiki.train.raw"])`.
+
+    calibration: text or .jsonl files. windows: for the bases; rounding_windows (default: the first 128 of them) for
+    GPTQ. window_length: tokens, default 2048 or the model's context. bits: the low band. head_bits: 16 keeps lm_head
+    unrounded (and a tied head on the embedding table unless `untie`), 8 rounds it and its input.
+    Raises InputError, a ValueError, for anything given that cannot be used; `out` then does not exist.
+    """
+    started = time.perf_counter()
+    method = chosen_recipe(recipe, bits, head_bits)
+    model = Source.open(source)
+    tokenizer = load_tokenizer(model.path)
+    chosen = _windows(model, tokenizer, calibration, windows, window_length, seed, method)
+    least = min(DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows
+    if not 1 <= least <= windows:
+        raise InputError(f"--rounding-windows {least} must lie in 1 … {windows}, the number of --windows")
+    keep_tied = model.shape.tied and head_bits == 16 and not untie
+    out = Path(out)
+    with CheckpointWriter(out) as writer:
+        tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
+        reports = run_pipeline(model, Job(method, tokens, least, seed, keep_tied), writer, progress)
+        total = model.nbytes
+        hashes = model.sha256(lambda done: progress("hashing the source", done, total))
+        _copy_files(model, writer)
+        header = {
+            "format_version": FORMAT_VERSION,
+            "made_by": _versions(),
+            "recipe": RecipeEntry(
+                name=method.name,
+                basis=[str(basis) for basis in method.basis],
+                precision=method.precision.describe(),
+                rounding=str(method.rounding),
+                seed=seed,
+            ),
+            "source": SourceEntry(
+                name=model.name,
+                model_type=model.config["model_type"],
+                dtype=model.dtype,
+                bytes=total,
+                parameters=model.parameters(),
+                tied=model.shape.tied,
+                sha256=hashes,
+            ),
+            "calibration": None if chosen is None else CalibrationEntry(
+                origin=chosen.origin,
+                windows=windows,
+                rounding_windows=least,
+                window_length=tokens.shape[1],
+                tokens_sha256=chosen.sha256,
+                forward="float32, cpu",
+            ),
+            "notes": [],
+        }
+        writer.add_text("README.md", model_card(header, out.name))
+        manifest = writer.close(**header)
+    return Result(out, manifest, reports, time.perf_counter() - started)
+
+
+def _windows(
+    model: Source, tokenizer, files: Sequence[str | Path], count: int, length: int | None, seed: int, recipe: Recipe
+) -> Windows | None:
+    if not recipe.needs and not recipe.rounding.needs_moment:
+        return None
+    if count < 1:
+        raise InputError(f"--windows is {count}; at least 1 is needed")
+    context = model.shape.max_positions
+    length = min(DEFAULT_LENGTH, context) if length is None else length
+    if not 2 <= length <= context:
+        raise InputError(f"--window-length {length} must lie in 2 … {context}, the model's context")
+    chosen = sampled_windows([Path(file) for file in files], tokenizer, count=count, length=length, seed=seed)
+    if int(chosen.tokens.max()) >= model.shape.vocab:
+        raise InputError(
+            f"the tokenizer gives token {int(chosen.tokens.max())}, the model's vocabulary has {model.shape.vocab}; "
+            "tokenizer and weights do not belong together"
+        )
+    return chosen
+
+
+def _copy_files(model: Source, writer: CheckpointWriter) -> None:
+    raw = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    raw["quantization_config"] = {"quant_method": "resq", "format_version": FORMAT_VERSION, "manifest": MANIFEST_FILE}
+    writer.add_text("config.json", json.dumps(raw, indent=2) + "\n")
+    for file in sorted(model.path.iterdir()):
+        if file.is_file() and file.suffix in COPIED and file.name not in OWN_FILES and not file.name.endswith(".index.json"):
+            writer.add_copy(file)
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "resq": resq.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }

@@ -1,0 +1,1 @@
+"""Operators over packed tensors: a contract (`backend`), its definition (`reference`), and what is fast."""

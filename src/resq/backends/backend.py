@@ -1,0 +1,71 @@
+"""The contract of a backend: exactly the operators a decoder needs, and the reason when it cannot run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from resq.numerics.affine import Quantized
+from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
+
+Activations = Quantized | Tensor
+
+
+class LayerCache(Protocol):
+    """State: one decoder layer's keys and values, opaque to everyone but its backend. Grows by append only."""
+
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Rows stored, once a token is."""
+        ...
+
+    def crop(self, length: int) -> None:
+        """Forget every token from `length` on."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Keep batch rows `rows` int64 [new batch], in that order (beam search reorders and repeats)."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of the stored tokens (not of reserved room)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A record of operators. `dtype` is that of float tensors between operators: float32, the reference's named points.
+
+    norm_quantize(x [b, t, n], norm, format) -> Activations: RMSNorm, online map, rounding.
+    linear(x, weight) -> [b, t, out]: quantized or float activations times a prepacked or dense weight.
+    rope_project_append(q [b, t, H, h], k [b, t, G, h], v [b, t, G, h], cos, sin [b, t, h], formats, cache) ->
+        projected q: RoPE (half-split), the query and key maps, rounding, append to the cache.
+    attend(q [b, t, H, h], cache, scale, starts, window) -> [b, t, H·h]: causal softmax attention of the last t cached
+        tokens over the cache; starts int64 [b] is each row's first valid slot (left padding) or None; window is the
+        sliding window in tokens or None.
+    gather_quantize(x [b, t, n], format) -> Activations: online map and rounding of the attention output.
+    act_hadamard_quantize(gate [b, t, F], up [b, t, F], format) -> Activations: SiLU(gate) · up, map, rounding.
+    cache(formats) -> an empty LayerCache.
+    prepack(linear) -> the weight in this backend's own layout, made once at load.
+    """
+
+    name: str
+    dtype: torch.dtype
+    unusable: Callable[[], str | None]
+    prepack: Callable[[Any], Any]
+    norm_quantize: Callable[[Tensor, Norm, ActivationFormat], Activations]
+    linear: Callable[[Activations, Any], Tensor]
+    rope_project_append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadFormats, Any], Tensor]
+    attend: Callable[[Tensor, Any, float, Tensor | None, int | None], Tensor]
+    gather_quantize: Callable[[Tensor, ActivationFormat], Activations]
+    act_hadamard_quantize: Callable[[Tensor, Tensor, ActivationFormat], Activations]
+    cache: Callable[[HeadFormats], LayerCache]

@@ -1,0 +1,1 @@
+"""The packed checkpoint: a strict versioned manifest and plain safetensors files (docs/checkpoint.md)."""

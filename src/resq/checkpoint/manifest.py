@@ -1,0 +1,160 @@
+"""resq.json: what a packed checkpoint holds, strict and versioned. docs/checkpoint.md is its text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from resq.errors import CheckpointError
+
+FORMAT_VERSION = 1
+MANIFEST_FILE = "resq.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class MapEntry(_Strict):
+    """An online linear map; `tensor` names its stored matrix or index, absent for a Hadamard transform."""
+
+    kind: Literal["dense", "per_head", "permutation", "hadamard"]
+    size: int
+    tensor: str | None = None
+    orthogonal: bool | None = None
+    heads: int | None = None
+    power: int | None = None
+    order: int | None = None
+    construction: str | None = None
+
+
+class FormatEntry(_Strict):
+    """An `ActivationFormat`: bands as [[bits, size], …] or null for an unrounded activation."""
+
+    map: MapEntry | None = None
+    bands: list[list[int]] | None = None
+    groups: int = 1
+    scale_dtype: Literal["float32", "float16"] = "float32"
+    map_input_bits: int | None = None
+
+
+class LinearEntry(_Strict):
+    """A linear: `name` is the prefix of its tensors; bands null means plain weights `<name>.weight`."""
+
+    name: str
+    shape: list[int]
+    bands: list[list[int]] | None
+    bias: bool
+
+
+class NormEntry(_Strict):
+    """An RMSNorm; gain null means that it was folded into the linears after it."""
+
+    eps: float
+    gain: str | None
+
+
+class LayerEntry(_Strict):
+    """One decoder layer and the file that holds it."""
+
+    file: str
+    linears: dict[str, LinearEntry]
+    norms: dict[str, NormEntry]
+    inputs: dict[str, FormatEntry]
+    query: FormatEntry
+    key: FormatEntry
+    value: FormatEntry
+    window: int | None = None
+
+
+class EndsEntry(_Strict):
+    """Embedding, final norm and head. `tied`: the head reads the embedding table, after `head_input`'s map."""
+
+    file: str
+    embed: str
+    norm: NormEntry
+    head_input: FormatEntry
+    head: LinearEntry
+    tied: bool
+
+
+class FileEntry(_Strict):
+    """Size and hash of one weight file."""
+
+    bytes: int
+    sha256: str
+
+
+class RecipeEntry(_Strict):
+    """How the integers were made, in words and numbers."""
+
+    name: str
+    basis: list[str]
+    precision: dict[str, str]
+    rounding: str
+    seed: int
+
+
+class SourceEntry(_Strict):
+    """The 16- or 32-bit original."""
+
+    name: str
+    model_type: str
+    dtype: str
+    bytes: int
+    parameters: int
+    tied: bool
+    sha256: dict[str, str]
+
+
+class CalibrationEntry(_Strict):
+    """The windows that bases and rounding were computed from; null in a recipe that needs none."""
+
+    origin: str
+    windows: int
+    rounding_windows: int
+    window_length: int
+    tokens_sha256: str
+    forward: str
+
+
+class Manifest(_Strict):
+    """The whole of resq.json."""
+
+    format_version: int
+    made_by: dict[str, str]
+    recipe: RecipeEntry
+    source: SourceEntry
+    calibration: CalibrationEntry | None
+    ends: EndsEntry
+    layers: list[LayerEntry]
+    files: dict[str, FileEntry]
+    notes: list[str] = Field(default_factory=list)
+    golden: FileEntry | None = None
+
+    def to_json(self) -> str:
+        """Indented, keys in the order of the fields."""
+        return self.model_dump_json(indent=1, exclude_none=False) + "\n"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Parse resq.json. Raises CheckpointError for a missing file, an unknown key or an unknown version."""
+    file = directory / MANIFEST_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no {MANIFEST_FILE}; it is not a checkpoint written by resq quantize")
+    try:
+        raw: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file} is not valid JSON ({error}); copy the checkpoint again") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format version {version}; this resq reads {FORMAT_VERSION}: upgrade resq-llm")
+    try:
+        return Manifest.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{file}: {where}: {first['msg'].lower()}; the manifest was altered or is of a newer resq") from error

@@ -1,0 +1,274 @@
+"""The command `resq`: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from resq.errors import InputError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="Quantize language models to 4-bit weights, activations and KV cache, and run them.\n\n"
+    "Exit codes: 0 done · 2 something given cannot be used (one line says what) · 130 interrupted.",
+)
+out, err = Console(), Console(stderr=True)
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback (phase, done, total) drawn on standard error with the time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+        tasks: dict[str, int] = {}
+
+        def show(phase: str, done: int, total: int) -> None:
+            if phase not in tasks:
+                tasks[phase] = progress.add_task(phase, total=total)
+            progress.update(progress.task_ids[list(tasks).index(phase)], completed=done, total=total)
+
+        yield show
+
+
+def size(count: float) -> str:
+    """Bytes for people: 10.8 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="Hugging Face checkpoint: a directory or a hub id.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="New directory for the packed checkpoint.")],
+    recipe: Annotated[str, typer.Option(help="Method: resq, resq-paper, rtn.")] = "resq",
+    calibration: Annotated[
+        list[Path] | None, typer.Option(help="Text, or .jsonl with `text` or `messages`; may be repeated.")
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    rounding_windows: Annotated[
+        int | None, typer.Option(help="How many of them GPTQ uses.", show_default="128 or all")
+    ] = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens per window.", show_default="2048 or the context")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.")] = 4,
+    head_bits: Annotated[int, typer.Option(help="Bits of lm_head: 16 or 8.")] = 16,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied lm_head a matrix of its own.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of rotations and of the choice of windows.")] = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Quantize a checkpoint and write it packed."""
+    from resq.api import quantize as run
+
+    with bars() as progress:
+        result = run(
+            source,
+            out_dir,
+            recipe=recipe,
+            calibration=calibration or [],
+            windows=windows,
+            rounding_windows=rounding_windows,
+            window_length=window_length,
+            bits=bits,
+            head_bits=head_bits,
+            untie=untie,
+            seed=seed,
+            progress=progress,
+        )
+    if json_output:
+        rows = [asdict(report) for report in result.linears]
+        print(json.dumps({"checkpoint": str(result.directory), "seconds": result.seconds, "linears": rows}))
+        return
+    _print_errors(result)
+    total = sum(file.bytes for file in result.manifest.files.values())
+    source_bytes = result.manifest.source.bytes
+    out.print(
+        f"[bold]{result.directory}[/bold]: {size(total)}, {total / source_bytes:.2f} × the source's {size(source_bytes)}, "
+        f"in {result.seconds:.0f} s. Next: [cyan]resq generate {result.directory} \"…\"[/cyan]"
+    )
+
+
+def _print_errors(result) -> None:  # noqa: ANN001  resq.api.Result, imported only when used
+    table = Table(title="relative squared output error of each linear on its calibration inputs", title_justify="left")
+    roles = list(dict.fromkeys(report.role for report in result.linears))
+    table.add_column("layer", justify="right")
+    for role in roles:
+        table.add_column(role, justify="right")
+    layers = sorted({report.layer for report in result.linears})
+    for layer in layers:
+        cells = {report.role: report for report in result.linears if report.layer == layer}
+        table.add_row(str(layer), *(f"{cells[role].error:.1e}" for role in roles))
+    out.print(table)
+    raised = [r for r in result.linears if r.damping is not None and r.damping > 0.011]
+    for report in raised:
+        out.print(f"layer {report.layer} {report.role}: Cholesky needed damping {report.damping:g}")
+
+
+@app.command("eval")
+def evaluate(
+    checkpoints: Annotated[list[str], typer.Argument(help="16-bit sources and packed checkpoints, side by side.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text or .jsonl.")],
+    window_length: Annotated[int, typer.Option(help="Tokens per non-overlapping window.")] = 2048,
+    wikitext: Annotated[
+        bool, typer.Option("--wikitext", help="The text is a WikiText split: join its rows by blank lines, as papers do.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Perplexity on a text; differences are to the first checkpoint named, with a paired 95 % interval."""
+    from resq.measure.evaluate import evaluate as run
+
+    with bars() as progress:
+        rows = run(checkpoints, text, window_length=window_length, wikitext=wikitext, progress=progress)
+    if json_output:
+        print(json.dumps({"rows": [asdict(row) for row in rows]}))
+        return
+    table = Table()
+    for name in ("checkpoint", "recipe", "perplexity", "× first", "Δ nats per token [95 %]", "tokens", "seconds"):
+        table.add_column(name, justify="left" if name in ("checkpoint", "recipe") else "right")
+    for row in rows:
+        ratio, delta = "", ""
+        if row.ratio is not None:
+            ratio, delta = f"{row.ratio:.4f}", f"{row.delta:+.4f} [{row.delta_low:+.4f}, {row.delta_high:+.4f}]"
+        table.add_row(row.checkpoint, row.recipe, f"{row.perplexity:.3f}", ratio, delta, f"{row.tokens:,}", f"{row.seconds:.1f}")
+    out.print(table)
+
+
+@app.command()
+def generate(
+    directory: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 picks the most probable token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    json_output: JsonOption = False,
+) -> None:
+    """Continue a prompt, streamed as it is made."""
+    from resq.runtime.generate import Sampling
+    from resq.runtime.load import load
+
+    if max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is {max_new_tokens}; at least 1 is needed")
+    sampling = Sampling(temperature, top_p, seed)
+    model = load(directory)
+    pieces = model.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
+    if json_output:
+        print(json.dumps({"prompt": prompt, "text": "".join(pieces)}))
+        return
+    sys.stdout.write(prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@app.command()
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_output: JsonOption = False
+) -> None:
+    """What a packed checkpoint holds: recipe, bands, true bits and bytes."""
+    from resq.checkpoint.manifest import read_manifest
+    from resq.measure.ledger import ledger
+    from resq.models.architecture import architecture_for
+    from resq.models.source import read_config
+
+    manifest = read_manifest(directory)
+    config = read_config(directory)
+    head_dim = architecture_for(config["model_type"]).shape(config).head_dim
+    book = ledger(manifest, head_dim)
+    if json_output:
+        print(json.dumps({"manifest": manifest.model_dump(), "ledger": asdict(book)}))
+        return
+    facts = Table(show_header=False, box=None, title=str(directory), title_justify="left")
+    recipe, source, calibration = manifest.recipe, manifest.source, manifest.calibration
+    facts.add_row("recipe", f"{recipe.name}, seed {recipe.seed}")
+    facts.add_row("basis", ", ".join(recipe.basis) or "none")
+    facts.add_row("rounding", recipe.rounding)
+    facts.add_row("source", f"{source.name} ({source.model_type}, {source.dtype}, {source.parameters:,} parameters)")
+    if calibration:
+        facts.add_row(
+            "calibration",
+            f"{calibration.windows} windows of {calibration.window_length} tokens from {calibration.origin}, "
+            f"{calibration.rounding_windows} for rounding",
+        )
+    head = "reads the embedding table" if manifest.ends.tied else recipe.precision["head"]
+    facts.add_row("lm_head", head)
+    facts.add_row("made by", ", ".join(f"{name} {value}" for name, value in manifest.made_by.items()))
+    out.print(facts)
+
+    bands = Table(title="bands of the first layer", title_justify="left")
+    for name in ("where", "input", "weights", "online map"):
+        bands.add_column(name)
+    first = manifest.layers[0]
+    for point, roles in (("attn_in", "qkv"), ("o_in", "o"), ("mlp_in", "gate up"), ("down_in", "down")):
+        linear = first.linears["q" if roles == "qkv" else roles.split()[0]]
+        entry = first.inputs[point]
+        kind = entry.map.kind if entry.map else ""
+        if entry.map and entry.map.construction:
+            kind += f" {entry.map.power} × {entry.map.order} ({entry.map.construction})"
+        bands.add_row(roles, _bands(entry.bands), _bands(linear.bands), kind)
+    for name, entry in (("keys", first.key), ("values", first.value)):
+        bands.add_row(name, _bands(entry.bands), "", entry.map.kind if entry.map else "")
+    out.print(bands)
+
+    true = Table(title="true bits per value, scales and zero points included", title_justify="left")
+    for name in ("weights", "activations", "keys", "values"):
+        true.add_column(name, justify="right")
+    true.add_row(*(f"{bits:.2f}" for bits in (book.weight_bits, book.activation_bits, book.key_bits, book.value_bits)))
+    out.print(true)
+    out.print(
+        f"weight files {size(book.bytes)} (layers {size(book.layer_bytes)}, embedding and head {size(book.end_bytes)}), "
+        f"{book.bytes / book.source_bytes:.2f} × the source's {size(book.source_bytes)}; "
+        f"KV cache {size(book.kv_bytes_per_token)} per token, "
+        f"{book.kv_bytes_per_token / book.kv_bytes_per_token_16bit:.2f} × 16 bit"
+    )
+
+
+def _bands(pairs: list[list[int]] | None) -> str:
+    return "16 bit" if pairs is None else " + ".join(f"{count} × {bits} bit" for bits, count in pairs)
+
+
+@app.callback(invoke_without_command=True)
+def version(show: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    """Print the version when asked."""
+    if show:
+        from resq import __version__
+
+        print(f"resq {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; an unusable input is one line on standard error and exit code 2."""
+    try:
+        app()
+    except InputError as error:
+        err.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted; nothing was kept")
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Hosts: other people's engines that run our layers."""

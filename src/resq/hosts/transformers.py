@@ -1,0 +1,345 @@
+"""transformers as a host: the shell of its model class stays, everything that computes becomes the project's decoder.
+
+`import resq` registers the method; `AutoModelForCausalLM.from_pretrained(directory)` then builds the empty model, this
+file replaces embedding, decoder layers, final norm and head by modules that run our operators, and fills them with our
+own loader (hashes checked). The residual stream is float32; `.generate`, beam search and padding work as usual.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from resq.backends.backend import Backend, LayerCache
+from resq.backends.reference import REFERENCE
+from resq.checkpoint.files import CheckpointReader
+from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE
+from resq.errors import CheckpointError, InputError
+from resq.models import decoder
+from resq.models.architecture import Shape, architecture_for
+from resq.models.decoder import Ends, Layer, Positions
+from resq.runtime.load import ends_from, layer_from
+
+
+class ResQConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: the manifest beside it holds everything else."""
+
+    def __init__(
+        self, quant_method: str = "resq", format_version: int = FORMAT_VERSION, manifest: str = MANIFEST_FILE, **extra: Any
+    ) -> None:
+        self.quant_method, self.format_version, self.manifest = quant_method, format_version, manifest
+        for key, value in extra.items():
+            setattr(self, key, value)
+
+
+def with_tensors(data: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """The same nested dataclasses, dicts and tuples with every tensor replaced by `move(tensor)`."""
+    if isinstance(data, Tensor):
+        return move(data)
+    if isinstance(data, dict):
+        return {key: with_tensors(value, move) for key, value in data.items()}
+    if isinstance(data, tuple):
+        return tuple(with_tensors(value, move) for value in data)
+    if is_dataclass(data) and not isinstance(data, type):
+        return replace(data, **{f.name: with_tensors(getattr(data, f.name), move) for f in fields(data)})
+    return data
+
+
+@dataclass
+class Shared:
+    """What all modules of one model know: sizes, operators, and the left padding read from the current mask."""
+
+    shape: Shape
+    ops: Backend
+    _mask: weakref.ref[Tensor] | None = None
+    _starts: Tensor | None = None
+
+    def starts(self, mask: Tensor | None, past: int, tokens: int) -> Tensor | None:
+        """First valid slot of each row, int64 [b], from transformers' 4-D mask; None for plain causal attention.
+
+        Raises InputError for a mask that is not causal with left padding (right padding only hides slots that causal
+        queries of real tokens never see, and passes): such attention patterns are not run.
+        """
+        if mask is None:
+            return None
+        if self._mask is not None and self._mask() is mask:
+            return self._starts
+        length = past + tokens
+        keep = mask[..., :length] if mask.dtype == torch.bool else mask[..., :length] == 0
+        keep = keep[:, 0, -tokens:]
+        slot = torch.arange(length, device=mask.device)
+        query = slot[past:]
+        # Rows of real tokens see at least themselves.
+        real = keep[:, query - past, query]
+        seen = keep & real[:, :, None]
+        starts = torch.where(seen, slot, length).amin(dim=(1, 2)).clamp(max=length - 1)
+        allowed = (slot <= query[:, None])[None] & (slot[None, None] >= starts[:, None, None])
+        if not torch.equal(seen, allowed & real[:, :, None]):
+            raise InputError("the attention mask is not causal with padding at one end; pad on the left, one text per row")
+        self._mask, self._starts = weakref.ref(mask), starts if bool(starts.any()) else None
+        return self._starts
+
+
+class ResQCacheLayer(CacheLayerMixin):
+    """State: one layer of packed keys and values in the shape of transformers' cache layers."""
+
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+    is_sliding = False
+
+    def __init__(self, make: Callable[[], LayerCache]) -> None:
+        super().__init__()
+        self._make = make
+        self.inner = make()
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate: room grows with the tokens."""
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Refused: only the layer that owns this cache knows how to round into it."""
+        raise InputError("a packed cache is written by its own decoder layer only")
+
+    def get_seq_length(self) -> int:
+        """Tokens stored."""
+        return self.inner.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(slots after `query_length` more tokens, offset 0)."""
+        return self.inner.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Unbounded."""
+        return -1
+
+    def offload(self) -> None:
+        """Refused: packed caches stay where they are."""
+        raise InputError("packed caches cannot be offloaded; use the default cache")
+
+    def prefetch(self) -> None:
+        """Nothing was moved away."""
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.inner = self._make()
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last tokens: a number ≤ 0."""
+        if tokens_to_remove > 0:
+            raise InputError(f"crop takes minus the number of tokens to drop, got {tokens_to_remove}")
+        self.inner.crop(max(0, self.inner.length + tokens_to_remove))
+
+    def _select(self, rows: Tensor) -> None:
+        if self.inner.length:
+            self.inner.select(rows)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in the order of the surviving beams."""
+        self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times."""
+        if self.inner.length:
+            self.inner.select(torch.arange(self.inner.batch).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._select(torch.arange(self.inner.batch)[indices] if self.inner.length else indices)
+
+
+def layer_cache(cache: Any, index: int, make: Callable[[], LayerCache]) -> LayerCache:
+    """Our cache for layer `index` inside transformers' cache object, put there at first use."""
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+        raise InputError(f"{type(cache).__name__} cannot hold packed keys and values; use the default cache")
+    while len(cache.layers) <= index:
+        cache.layers.append(ResQCacheLayer(make))
+    layer = cache.layers[index]
+    if not isinstance(layer, ResQCacheLayer):
+        if layer.is_initialized and layer.get_seq_length() > 0:
+            raise InputError("this cache already holds keys and values of another model; start with an empty one")
+        layer = cache.layers[index] = ResQCacheLayer(make)
+    layer.is_initialized = True
+    return layer.inner
+
+
+class _Held(nn.Module):
+    """A module whose tensors live in dataclasses: registered as buffers so that they are counted, never cast."""
+
+    def hold(self, data: Any) -> Any:
+        """Register every tensor of `data` as a buffer; returns `data`."""
+
+        def register(tensor: Tensor) -> Tensor:
+            self.register_buffer(f"tensor_{len(self._buffers)}", tensor, persistent=False)
+            return tensor
+
+        return with_tensors(data, register)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Held:
+        """Refuse other devices and ignore dtype changes: integers, scales and maps are exact as stored."""
+        for buffer in self.buffers(recurse=False):
+            if fn(buffer[:0]).device != buffer.device:
+                raise InputError("this checkpoint runs on the reference backend, on the CPU only; leave it there")
+        return self
+
+
+class ResQDecoderLayer(_Held):
+    """One decoder layer of the project's decoder, called the way transformers calls its own."""
+
+    def __init__(self, shared: Shared, index: int) -> None:
+        super().__init__()
+        self.shared, self.layer_idx = shared, index
+        self.layer: Layer | None = None
+
+    def fill(self, layer: Layer) -> None:
+        """Take the loaded, prepacked weights."""
+        self.layer = self.hold(layer)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden [b, t, d] -> [b, t, d] float32."""
+        assert self.layer is not None
+        shared, formats = self.shared, self.layer.heads
+
+        def make() -> LayerCache:
+            return shared.ops.cache(formats)
+
+        cache = make() if past_key_values is None else layer_cache(past_key_values, self.layer_idx, make)
+        batch, tokens = hidden_states.shape[:2]
+        starts = shared.starts(attention_mask, cache.length, tokens)
+        if position_ids is None:
+            at = Positions.following(shared.shape, cache.length, batch, tokens, starts)
+        else:
+            at = Positions(*shared.shape.rope.tables(position_ids.expand(batch, -1)), starts)
+        return decoder.forward_layer(shared.ops, shared.shape, self.layer, hidden_states.float(), at, cache)
+
+
+class _Embedding(_Held):
+    """Rows of the 16-bit table as float32."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.shared = shared
+        self.ends: Ends | None = None
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        assert self.ends is not None
+        return decoder.embed(self.shared.ops, self.ends, tokens)
+
+
+class _Pass(nn.Module):
+    """The final norm's place: the norm is part of the head's operator."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class _Head(_Held):
+    """Final norm and lm_head."""
+
+    def __init__(self, shared: Shared) -> None:
+        super().__init__()
+        self.shared = shared
+        self.ends: Ends | None = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        assert self.ends is not None
+        return decoder.logits(self.shared.ops, self.ends, hidden)
+
+
+class ResQQuantizer(HfQuantizer):
+    """The hooks of transformers' loader."""
+
+    requires_calibration = True
+
+    def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._directory: Path | None = None
+
+    def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """Float tensors between operators are float32, whatever was asked for."""
+        return torch.float32
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Attention is ours; sdpa only decides how transformers builds its masks."""
+        config._attn_implementation = "sdpa"
+        return config
+
+    def is_serializable(self) -> bool:
+        """Saving is refused with the way that works."""
+        raise InputError("a packed checkpoint is saved by copying its directory; save_pretrained would lose it")
+
+    @property
+    def is_trainable(self) -> bool:
+        """Integers take no gradients."""
+        return False
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
+        if not checkpoint_files:
+            raise CheckpointError("transformers named no checkpoint files; load a directory written by resq quantize")
+        self._directory = _with_manifest(Path(checkpoint_files[0]), model.config.name_or_path)
+        architecture = architecture_for(model.config.model_type)
+        if model.get_output_embeddings() is None or not type(model).__name__.endswith("ForCausalLM"):
+            raise InputError(f"{type(model).__name__} cannot be loaded from a packed checkpoint; use AutoModelForCausalLM")
+        shape = architecture.shape(model.config.to_dict())
+        shared = Shared(shape, REFERENCE)
+        model.set_submodule(architecture.embed, _Embedding(shared))
+        model.set_submodule(architecture.final_norm, _Pass())
+        model.set_submodule(architecture.head, _Head(shared))
+        for index in range(shape.layers):
+            model.set_submodule(f"{architecture.layers}.{index}", ResQDecoderLayer(shared, index))
+        model.set_attn_implementation("sdpa")
+        # Nothing is left for transformers to read, tie or initialize.
+        for module in model.modules():
+            if hasattr(module, "all_tied_weights_keys"):
+                module._tied_weights_keys, module.all_tied_weights_keys = {}, {}
+        model._keys_to_ignore_on_load_unexpected = {r".*"}
+        model._no_split_modules = {ResQDecoderLayer.__name__}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        assert self._directory is not None
+        architecture = architecture_for(model.config.model_type)
+        reader = CheckpointReader(self._directory)
+        embedding, head = model.get_submodule(architecture.embed), model.get_submodule(architecture.head)
+        shared: Shared = embedding.shared
+        ends = ends_from(reader.ends(), shared.shape).prepacked(shared.ops)
+        embedding.ends = ends
+        head.ends = head.hold(ends)
+        for index, entry in enumerate(reader.manifest.layers):
+            layer = layer_from(reader.layer(index), shared.shape, entry.file).prepacked(shared.ops)
+            model.get_submodule(f"{architecture.layers}.{index}").fill(layer)
+        # model.device and model.dtype ask the parameters; the norm's place is free.
+        anchor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+        model.get_submodule(architecture.final_norm).anchor = anchor
+
+
+def _with_manifest(file: Path, name: str) -> Path:
+    """The directory of a checkpoint file; the manifest is fetched beside it when it came from a hub."""
+    directory = file.parent
+    if not (directory / MANIFEST_FILE).is_file() and not Path(name).is_dir():
+        cached_file(name, MANIFEST_FILE, revision=directory.name, cache_dir=str(directory.parents[2]))
+    return directory
+
+
+def register(auto: Any) -> None:
+    """Tell transformers' `quantizers.auto` module about the method. Idempotent."""
+    if "resq" not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config("resq")(ResQConfig)
+        auto.register_quantizer("resq")(ResQQuantizer)

@@ -1,0 +1,65 @@
+"""The README.md of a checkpoint: what it is, and the lines that load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TEMPLATE = """---
+library_name: resq
+base_model: {source}
+tags: [resq, int4, w4a4kv4]
+---
+# {name}
+
+`{source}` with weights, activations and KV cache quantized by [ResQ](https://arxiv.org/abs/2412.14363), recipe `{recipe}`,
+in packed integers. Plain transformers cannot run it: install `resq-llm` and **import resq first**.
+
+```python
+import resq
+
+model = resq.load("{name}")
+print(model.generate("Once upon a time"))
+```
+
+or through transformers:
+
+```python
+import resq  # before from_pretrained: registers the method
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+| | |
+|---|---|
+| basis | {basis} |
+| weights · inputs | {weights} · {inputs} |
+| down_proj weights · inputs | {down_weights} · {down_inputs} |
+| keys · values | {key} · {value} |
+| lm_head | {head} |
+| rounding | {rounding} |
+| calibration | {calibration} |
+| seed | {seed} |
+
+`resq inspect {name}` counts the true bits; `resq.json` holds everything, hashes of the source included.
+"""
+
+
+def model_card(header: Mapping[str, Any], name: str) -> str:
+    """Markdown for the header that goes into the manifest."""
+    recipe, source, calibration = header["recipe"], header["source"], header["calibration"]
+    words = "none"
+    if calibration is not None:
+        words = f"{calibration.windows} windows of {calibration.window_length} tokens, {calibration.rounding_windows} for rounding"
+    return TEMPLATE.format(
+        name=name,
+        source=source.name,
+        recipe=recipe.name,
+        basis=", ".join(recipe.basis) or "none",
+        rounding=recipe.rounding,
+        calibration=words,
+        seed=recipe.seed,
+        **{key: recipe.precision[key] for key in ("weights", "inputs", "down_weights", "down_inputs", "key", "value", "head")},
+    )

@@ -1,0 +1,1 @@
+"""Architectures as descriptions, the one decoder, and the streamed source of weights."""

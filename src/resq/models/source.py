@@ -1,0 +1,194 @@
+"""A Hugging Face checkpoint as a stream: one decoder layer at a time, straight from safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from resq.errors import InputError
+from resq.models.architecture import Architecture, Role, Shape, architecture_for
+from resq.models.decoder import Ends, Layer
+from resq.numerics.formats import PLAIN, HeadFormats, Norm
+from resq.numerics.linear import DenseLinear
+
+SOURCE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+# What a hub download needs: weights, configuration, tokenizer, chat template.
+HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
+
+
+def locate(source: str | Path) -> Path:
+    """The local directory of a source: the path itself, or the snapshot of a hub id (`organisation/name`), fetched if
+    needed. Raises InputError when there is neither."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    text = str(source)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise InputError(f"no checkpoint directory at {text}; give a directory with config.json or a hub id like org/name")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{text} is neither a local directory nor a hub model that can be fetched: {reason}") from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json with transformers' defaults filled in. Raises InputError when it is missing or of an unknown type."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise InputError(f"{path} has no config.json; give a Hugging Face checkpoint directory")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+        raise InputError(f"{file} names no model_type; give a Hugging Face checkpoint directory")
+    architecture_for(raw["model_type"])
+    from transformers import AutoConfig
+
+    # What transformers fills in is its business; fields it does not know stay as given.
+    known = AutoConfig.for_model(**{key: value for key, value in raw.items() if key != "quantization_config"}).to_dict()
+    return {**raw, **known}
+
+
+class Source:
+    """State: an opened checkpoint; tensors are read from the mapped files when asked for.
+
+    `Source.open("path/or/hub-id")`. Attributes: path, name, config, architecture, shape.
+    """
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.config = read_config(path)
+        if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
+            method = self.config["quantization_config"].get("quant_method")
+            raise InputError(f"{name} is already quantized ({method}); give the 16- or 32-bit original")
+        self.architecture: Architecture = architecture_for(self.config["model_type"])
+        self.shape: Shape = self.architecture.shape(self.config)
+        self._files: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, source: str | Path) -> Source:
+        """Open a local directory or a hub id."""
+        return cls(locate(source), str(source))
+
+    @cached_property
+    def index(self) -> dict[str, str]:
+        """File of every tensor. Raises InputError when there are no safetensors or a shard is missing."""
+        index_file = self.path / "model.safetensors.index.json"
+        single = self.path / "model.safetensors"
+        if index_file.is_file():
+            index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            missing = sorted({file for file in index.values() if not (self.path / file).is_file()})
+            if missing:
+                raise InputError(f"{self.name} lacks {missing[0]}, named in model.safetensors.index.json; fetch it again")
+            return index
+        if single.is_file():
+            return dict.fromkeys(self._open(single.name).keys(), single.name)
+        raise InputError(f"{self.name} has no model.safetensors or model.safetensors.index.json; convert it to safetensors")
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safe_open(self.path / file, framework="pt")
+            except SafetensorError as error:
+                raise InputError(f"{self.path / file} is not a whole safetensors file ({error}); fetch it again") from error
+        return self._files[file]
+
+    @property
+    def shards(self) -> list[str]:
+        """Names of the weight files, sorted."""
+        return sorted(set(self.index.values()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum((self.path / file).stat().st_size for file in self.shards)
+
+    def sha256(self, progress: Callable[[int], None] = lambda done: None) -> dict[str, str]:
+        """Hash of every weight file; `progress` is told the bytes read so far."""
+        hashes, done = {}, 0
+        for file in self.shards:
+            digest = hashlib.sha256()
+            with open(self.path / file, "rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+                    done += len(block)
+                    progress(done)
+            hashes[file] = digest.hexdigest()
+        return hashes
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor in its stored dtype. Raises InputError when it is missing, of another shape or dtype, or not
+        finite; the message names it."""
+        if name not in self.index:
+            raise InputError(f"{self.name} has no tensor {name}; its config.json and its weights do not belong together")
+        value = self._open(self.index[name]).get_tensor(name)
+        if tuple(value.shape) != shape:
+            raise InputError(f"tensor {name} has shape {tuple(value.shape)}, its config.json says {shape}")
+        if value.dtype not in SOURCE_DTYPES:
+            accepted = ", ".join(SOURCE_DTYPES.values())
+            raise InputError(f"tensor {name} has dtype {str(value.dtype).removeprefix('torch.')}; accepted are {accepted}")
+        if not torch.isfinite(value).all():
+            raise InputError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, fetch it again")
+        return value
+
+    def _optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+        return self.tensor(name, shape) if name in self.index else None
+
+    def layer_prefix(self, index: int) -> str:
+        """Name before every tensor of layer `index`."""
+        return f"{self.architecture.layers}.{index}"
+
+    def linear_name(self, index: int, role: Role) -> str:
+        """Module name of a linear."""
+        return f"{self.layer_prefix(index)}.{self.architecture.linears[role]}"
+
+    def layer(self, index: int) -> Layer:
+        """Decoder layer `index` as it is stored, nothing rounded."""
+        linears = {}
+        for role, (out, inner) in self.shape.sizes().items():
+            name = self.linear_name(index, role)
+            linears[role] = DenseLinear(self.tensor(f"{name}.weight", (out, inner)), self._optional(f"{name}.bias", (out,)))
+        norms = {
+            point: Norm(self.shape.eps, self.tensor(f"{self.layer_prefix(index)}.{name}.weight", (self.shape.hidden,)))
+            for point, name in self.architecture.norms.items()
+        }
+        return Layer(linears, norms, HeadFormats(), window=self.shape.window)
+
+    def ends(self) -> Ends:
+        """Embedding, final norm and head; a tied head is the embedding table itself (the same tensor)."""
+        table = (self.shape.vocab, self.shape.hidden)
+        embed = self.tensor(f"{self.architecture.embed}.weight", table)
+        norm = Norm(self.shape.eps, self.tensor(f"{self.architecture.final_norm}.weight", (self.shape.hidden,)))
+        head = embed if self.shape.tied else self.tensor(f"{self.architecture.head}.weight", table)
+        return Ends(embed, norm, PLAIN, DenseLinear(head))
+
+    @cached_property
+    def dtype(self) -> str:
+        """Name of the embedding's dtype, which stands for the checkpoint's."""
+        return SOURCE_DTYPES[self.ends().embed.dtype]
+
+    def parameters(self) -> int:
+        """Weights of the model, a tied table counted once."""
+        count = 0
+        for file in self.shards:
+            handle = self._open(file)
+            for name in handle.keys():
+                size = 1
+                for extent in handle.get_slice(name).get_shape():
+                    size *= extent
+                count += size
+        return count
+

@@ -1,0 +1,121 @@
+"""Text files to token windows with a model's own tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resq.errors import InputError
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a checkpoint directory. Raises InputError when it has none."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the model's there")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
+
+
+def read_documents(file: Path, tokenizer: Any) -> list[str]:
+    """The documents of a file: a text file is one; each line of a .jsonl holds `text`, or `messages` to which the
+    model's chat template is applied. Raises InputError naming file and line."""
+    if not file.is_file():
+        raise InputError(f"no text at {file}; give a UTF-8 text file, or a .jsonl with `text` or `messages` in each line")
+    try:
+        content = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error}); convert it first") from error
+    if file.suffix != ".jsonl":
+        return [content]
+    documents = []
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}, line {number} is not JSON: {error}") from error
+        if isinstance(record, dict) and isinstance(record.get("text"), str):
+            documents.append(record["text"])
+        elif isinstance(record, dict) and isinstance(record.get("messages"), list):
+            if not tokenizer.chat_template:
+                raise InputError(f"{file} holds chats but the tokenizer has no chat template; give `text` instead")
+            documents.append(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+        else:
+            raise InputError(f"{file}, line {number} has neither `text` nor `messages`")
+    return documents
+
+
+def tokenize(documents: Sequence[str], tokenizer: Any) -> Tensor:
+    """All documents one after the other, int64 [tokens]; each is encoded as the tokenizer does by default (with its
+    beginning-of-text token where it adds one), and not twice when a chat template wrote it."""
+    ids: list[int] = []
+    for document in documents:
+        begins = bool(tokenizer.bos_token) and document.startswith(tokenizer.bos_token)
+        ids.extend(tokenizer(document, add_special_tokens=not begins, verbose=False)["input_ids"])
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Non-overlapping windows of tokens int64 [windows, length], and where they came from."""
+
+    tokens: Tensor
+    origin: str
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokens as little-endian int64, row by row."""
+        return hashlib.sha256(self.tokens.contiguous().numpy().astype("<i8").tobytes()).hexdigest()
+
+
+def all_windows(file: Path, tokenizer: Any, length: int, *, wikitext: bool = False) -> Windows:
+    """Every whole window of `length` tokens, in order, the tail dropped (perplexity as the paper takes it).
+
+    wikitext: the file is a WikiText split whose lines are the rows of the data set (each ends with its newline, blank
+    rows are empty); they are joined by blank lines, the text that published perplexities are taken on.
+    """
+    documents = read_documents(file, tokenizer)
+    if wikitext:
+        rows = [f"{line}\n" if line.strip() else "" for document in documents for line in document.split("\n")]
+        documents = ["\n\n".join(rows)]
+    tokens = tokenize(documents, tokenizer)
+    count = len(tokens) // length
+    if count < 1:
+        raise InputError(f"{file} has {len(tokens)} tokens, fewer than one window of {length}; give more text or a shorter window")
+    return Windows(tokens[: count * length].view(count, length), str(file))
+
+
+def sampled_windows(files: Sequence[Path], tokenizer: Any, *, count: int, length: int, seed: int) -> Windows:
+    """`count` windows with starts drawn at random from the text: from a shuffled grid of non-overlapping windows while
+    they last. Raises InputError when the text is too short for that many."""
+    if not files:
+        raise InputError("no calibration text was given; name a text or .jsonl file with --calibration")
+    tokens = tokenize([document for file in files for document in read_documents(file, tokenizer)], tokenizer)
+    available = len(tokens) // length
+    names = ", ".join(str(file) for file in files)
+    if available < count:
+        raise InputError(
+            f"{names} has {len(tokens)} tokens, {available} windows of {length}, but {count} were asked for; "
+            f"use --windows {available} or give more text" if available else
+            f"{names} has {len(tokens)} tokens, fewer than one window of {length}; give more text or a shorter window"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    shift = int(torch.randint(len(tokens) - available * length + 1, (), generator=generator))
+    chosen = torch.randperm(available, generator=generator)[:count]
+    grid = tokens[shift : shift + available * length].view(available, length)
+    return Windows(grid[chosen].clone(), names)

@@ -1,0 +1,1 @@
+"""Tensor functions of the method: bands, quantizers, packing, maps, moments. Depends on torch only."""

@@ -1,0 +1,120 @@
+"""Bands: contiguous ranges of coordinates with one bit width each, least important first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+from resq.errors import InputError
+
+PACKABLE_BITS = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class Band:
+    """`size` coordinates stored with `bits` bits each."""
+
+    bits: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in PACKABLE_BITS:
+            raise InputError(f"a band has {self.bits} bits; accepted are {', '.join(map(str, PACKABLE_BITS))}")
+        if self.size < 1:
+            raise InputError(f"a band holds {self.size} coordinates; it needs at least 1")
+
+
+@dataclass(frozen=True)
+class Bands:
+    """A cut of a dimension: `Bands((Band(4, 224), Band(8, 32)))`; the last band is the most precise."""
+
+    bands: tuple[Band, ...]
+
+    def __post_init__(self) -> None:
+        if not self.bands:
+            raise InputError("a dimension was cut into no bands; it needs at least one")
+
+    @classmethod
+    def of(cls, *pairs: tuple[int, int]) -> Bands:
+        """`Bands.of((4, 224), (8, 32))`: pairs of (bits, size)."""
+        return cls(tuple(Band(bits, size) for bits, size in pairs))
+
+    def __iter__(self) -> Iterator[Band]:
+        return iter(self.bands)
+
+    def __len__(self) -> int:
+        return len(self.bands)
+
+    @property
+    def size(self) -> int:
+        """Coordinates in all bands together."""
+        return sum(band.size for band in self.bands)
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """[(bits, size), …], the form stored in a manifest."""
+        return [(band.bits, band.size) for band in self.bands]
+
+    @property
+    def bits_per_value(self) -> float:
+        """Mean bits of one coordinate, scales and zero points not counted."""
+        return sum(band.bits * band.size for band in self.bands) / self.size
+
+    def slices(self) -> list[slice]:
+        """The coordinate range of every band, in order."""
+        ranges, start = [], 0
+        for band in self.bands:
+            ranges.append(slice(start, start + band.size))
+            start += band.size
+        return ranges
+
+    def repeated(self, times: int) -> Bands:
+        """The bands of `times` concatenated groups after their coordinates were gathered band by band."""
+        return Bands(tuple(Band(band.bits, band.size * times) for band in self.bands))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Bit widths by fraction of a dimension; becomes `Bands` at a given size.
+
+    `Layout(4, ((8, Fraction(1, 8)),))`: the last 1/8 in 8 bit, the rest in 4. `low` is the width of the coordinates
+    no other part names. `first` parts come before the low band (the paper's iso-bit mode: the first 1/8 in 2 bit).
+    """
+
+    low: int
+    last: tuple[tuple[int, Fraction], ...] = ()
+    first: tuple[tuple[int, Fraction], ...] = ()
+
+    def bands(self, size: int, multiple: int = 1) -> Bands:
+        """Bands of a dimension of `size`; each named part is rounded to the nearest positive multiple of `multiple`.
+
+        Raises InputError when the parts leave nothing for the low band.
+        """
+
+        def count(fraction: Fraction) -> int:
+            return max(1, round(fraction * size / multiple)) * multiple
+
+        first = [(bits, count(fraction)) for bits, fraction in self.first]
+        last = [(bits, count(fraction)) for bits, fraction in self.last]
+        low = size - sum(n for _, n in first + last)
+        if low < 1:
+            asked = ", ".join(f"{fraction} in {bits} bit" for bits, fraction in self.first + self.last)
+            raise InputError(
+                f"bands {asked} (in multiples of {multiple}) leave {low} of {size} coordinates for the low band; "
+                "it needs at least 1: use smaller fractions"
+            )
+        return Bands.of(*first, (self.low, low), *last)
+
+    def with_low(self, bits: int) -> Layout:
+        """The same cut with `bits` bits in the low band (the stress setting `--bits 3`)."""
+        return Layout(bits, self.last, self.first)
+
+    def __str__(self) -> str:
+        parts = [*(f"first {f} {b} bit" for b, f in self.first), f"{self.low} bit"]
+        return ", ".join([*parts, *(f"last {f} {b} bit" for b, f in self.last)])
+
+
+INT4 = Layout(4)
+INT8 = Layout(8)
+INT4_INT8 = Layout(4, ((8, Fraction(1, 8)),))

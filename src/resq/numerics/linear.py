@@ -1,0 +1,78 @@
+"""Linear layers as data: packed integers with per-channel scales, or plain 16/32-bit weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resq.errors import InputError
+from resq.numerics.bands import Bands
+from resq.numerics.packing import pack, packed_bytes, unpack_signed
+
+
+@dataclass(frozen=True)
+class DenseLinear:
+    """y = x W^T + b with plain weights: weight [out, in] of any float dtype, bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape[0], self.weight.shape[1]
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """y = x W^T + b with W[:, band] = scale[:, band] · integers, symmetric, one scale per output channel and band.
+
+    qweight: one uint8 tensor [out, ceil(size·bits / 8)] per band (see `packing`); scale float32 [out, bands];
+    bias float32 [out] or None. Raises InputError when the shapes do not fit the bands.
+    """
+
+    bands: Bands
+    qweight: tuple[Tensor, ...]
+    scale: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        out = self.scale.shape[0]
+        want = [(out, packed_bytes(band.size, band.bits)) for band in self.bands]
+        got = [tuple(part.shape) for part in self.qweight]
+        if got != want or tuple(self.scale.shape) != (out, len(self.bands)):
+            raise InputError(
+                f"packed weights {got} with scales {tuple(self.scale.shape)} do not fit bands {self.bands.pairs}: "
+                f"expected {want} and {(out, len(self.bands))}"
+            )
+
+    @classmethod
+    def from_integers(cls, integers: Tensor, scale: Tensor, bands: Bands, bias: Tensor | None = None) -> PackedLinear:
+        """Pack signed integers [out, in] (any dtype holding them exactly) with scale [out, bands]."""
+        q = integers.to(torch.int8)
+        parts = tuple(pack(q[:, cut], band.bits) for band, cut in zip(bands, bands.slices(), strict=True))
+        return cls(bands, parts, scale.to(torch.float32), None if bias is None else bias.to(torch.float32))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.scale.shape[0], self.bands.size
+
+    def integers(self) -> Tensor:
+        """int8 [out, in]."""
+        parts = zip(self.bands, self.qweight, strict=True)
+        return torch.cat([unpack_signed(part, band.bits, band.size) for band, part in parts], dim=-1)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """scale · integers, [out, in] in `dtype` (the product is taken in `dtype`)."""
+        scale = self.scale.to(dtype).repeat_interleave(torch.tensor([band.size for band in self.bands]), dim=1)
+        return self.integers().to(dtype) * scale
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> DenseLinear:
+        """The same linear map with plain weights."""
+        return DenseLinear(self.dequantize(dtype), None if self.bias is None else self.bias.to(dtype))
+
+
+Linear = DenseLinear | PackedLinear

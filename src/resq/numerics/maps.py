@@ -1,0 +1,154 @@
+"""Linear maps that change a basis: x' = x M on row vectors, and the dual that keeps x W^T unchanged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from resq.errors import InputError
+from resq.numerics import hadamard
+from resq.numerics.hadamard import HadamardPlan
+
+
+@dataclass(frozen=True)
+class Dense:
+    """x' = x M with M [n, n]. `orthogonal` is a claim that the constructor's caller makes; `dual` relies on it."""
+
+    matrix: Tensor
+    orthogonal: bool = True
+    kind: ClassVar[str] = "dense"
+
+    @property
+    def size(self) -> int:
+        """Coordinates the map acts on."""
+        return self.matrix.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x M, [..., n] in x.dtype."""
+        return x @ self.matrix.to(x.dtype)
+
+    def dual(self, w: Tensor) -> Tensor:
+        """w M^-T: a reader's rows in the new basis, so that (x M)(w M^-T)^T = x w^T."""
+        if not self.orthogonal:
+            raise InputError("a non-orthogonal dense map has no dual here; keep it online or make it orthogonal")
+        return w @ self.matrix.to(w.dtype)
+
+
+@dataclass(frozen=True)
+class PerHead:
+    """One orthogonal map per head: x' = x · blkdiag(M[head], …); matrices [heads, h, h], x [..., heads·h]."""
+
+    matrices: Tensor
+    kind: ClassVar[str] = "per_head"
+
+    @property
+    def size(self) -> int:
+        """Coordinates the map acts on: heads · h."""
+        return self.matrices.shape[0] * self.matrices.shape[1]
+
+    def repeated(self, times: int) -> PerHead:
+        """The map of `times` query heads per kv head: head j uses matrix j // times."""
+        return PerHead(self.matrices.repeat_interleave(times, dim=0))
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x blkdiag(M), [..., heads·h] in x.dtype."""
+        heads, size = self.matrices.shape[:2]
+        return torch.einsum("...ki,kij->...kj", x.unflatten(-1, (heads, size)), self.matrices.to(x.dtype)).flatten(-2)
+
+    dual = apply
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """x'[..., i] = x[..., index[i]]; index int64 [n]."""
+
+    index: Tensor
+    kind: ClassVar[str] = "permutation"
+
+    @property
+    def size(self) -> int:
+        """Coordinates the map acts on."""
+        return self.index.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x[..., index]."""
+        return x[..., self.index.to(torch.int64)]
+
+    dual = apply
+
+
+@dataclass(frozen=True)
+class Hadamard:
+    """x' = x T with T the normalised transform of `plan` (see `hadamard`)."""
+
+    plan: HadamardPlan
+    kind: ClassVar[str] = "hadamard"
+
+    @property
+    def size(self) -> int:
+        """Coordinates the map acts on."""
+        return self.plan.size
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x T, [..., n] in x.dtype."""
+        return hadamard.transform(x, self.plan)
+
+    dual = apply
+
+
+LinearMap = Dense | PerHead | Permutation | Hadamard
+
+
+def as_writer(map: LinearMap, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A linear whose outputs move to the new basis: y' = y M, so W' = M^T W and b' = b M. weight [out, in]."""
+    return map.apply(weight.T).T, None if bias is None else map.apply(bias)
+
+
+def as_reader(map: LinearMap, weight: Tensor) -> Tensor:
+    """A linear that reads inputs in the new basis: W' = W M^-T. weight [out, in]."""
+    return map.dual(weight)
+
+
+def describe(map: LinearMap) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """(plain parameters, tensors) from which `restore` rebuilds the map; what a checkpoint stores."""
+    match map:
+        case Dense():
+            return {"kind": map.kind, "size": map.size, "orthogonal": map.orthogonal}, {"matrix": map.matrix}
+        case PerHead():
+            return {"kind": map.kind, "size": map.size, "heads": map.matrices.shape[0]}, {"matrix": map.matrices}
+        case Permutation():
+            return {"kind": map.kind, "size": map.size}, {"index": map.index.to(torch.int32)}
+        case Hadamard():
+            plan = map.plan
+            parameters = {"power": plan.power, "order": plan.order, "construction": plan.construction}
+            return {"kind": map.kind, "size": plan.size, **parameters}, {}
+
+
+def restore(parameters: dict[str, Any], tensors: dict[str, Tensor]) -> LinearMap:
+    """The inverse of `describe`. Raises InputError for an unknown kind or tensors of the wrong shape."""
+    kind, size = parameters["kind"], parameters["size"]
+    if kind == Hadamard.kind:
+        return Hadamard(HadamardPlan(size, parameters["power"], parameters["order"], parameters["construction"]))
+    if kind == Permutation.kind:
+        index = tensors["index"].to(torch.int64)
+        if tuple(index.shape) != (size,) or not torch.equal(index.sort().values, torch.arange(size)):
+            raise InputError(f"the stored permutation is not one of {size} coordinates")
+        return Permutation(index)
+    matrix = tensors["matrix"]
+    if kind == Dense.kind and tuple(matrix.shape) == (size, size):
+        return Dense(matrix, parameters["orthogonal"])
+    if kind == PerHead.kind:
+        heads = parameters["heads"]
+        if tuple(matrix.shape) == (heads, size // heads, size // heads):
+            return PerHead(matrix)
+    raise InputError(f"no linear map of kind {kind!r} and size {size} fits a matrix of shape {tuple(matrix.shape)}")
+
+
+def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
+    """Haar-distributed orthogonal float64 [n, n]: QR of a Gaussian with the signs of R's diagonal moved into Q."""
+    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    return q * torch.sign(torch.diagonal(r))

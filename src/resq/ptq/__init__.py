@@ -1,0 +1,1 @@
+"""Offline: statistics, bases, placement, rounding, in one streamed pipeline (read `pipeline` first)."""

@@ -1,0 +1,1 @@
+"""Bases: which coordinates a site is expressed in."""

@@ -1,0 +1,85 @@
+"""PCA bases: U = P · blkdiag(R_band), eigenvectors ascending, a random rotation inside each band (paper §2.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resq.errors import InputError
+from resq.models.architecture import Site
+from resq.numerics.bands import Bands
+from resq.numerics.maps import Dense, LinearMap, PerHead, random_orthogonal
+from resq.numerics.moments import eigenbasis
+from resq.ptq.recipe import At, Moments, Setting, Statistic
+
+_STATISTICS = {Site.RESIDUAL: Statistic.RESIDUAL, Site.VALUE: Statistic.VALUE, Site.QUERY_KEY: Statistic.KEY}
+
+
+def rotated(eigenvectors: Tensor, bands: Bands, generator: torch.Generator) -> Tensor:
+    """P · blkdiag(R_1, …, R_B), float64 [n, n]; R_b Haar-distributed of the band's size."""
+    parts = [
+        eigenvectors[:, cut] @ random_orthogonal(band.size, generator)
+        for band, cut in zip(bands, bands.slices(), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class Pca:
+    """Eigenvectors of the uncentred second moment at each site, rotated inside the bands.
+
+    residual: one U_A for the model; value: U_B per layer and kv head; query_key: U_C per layer, shared by its heads.
+    """
+
+    on: tuple[Site, ...]
+
+    @property
+    def sites(self) -> frozenset[Site]:
+        """The sites given."""
+        return frozenset(self.on)
+
+    orders = sites
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """The moment of each site."""
+        return frozenset(_STATISTICS[site] for site in self.on)
+
+    def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
+        """Raises InputError with fewer calibration tokens than twice the hidden size: its moment has no full rank."""
+        maps: dict[At, LinearMap] = {}
+        if Site.RESIDUAL in self.on:
+            least = 2 * setting.shape.hidden
+            if moments.tokens < least:
+                raise InputError(
+                    f"{moments.tokens} calibration tokens are too few for a basis of {setting.shape.hidden} coordinates; "
+                    f"at least {least} are needed: use more or longer windows"
+                )
+            at = At(Site.RESIDUAL)
+            assert moments.residual is not None
+            vectors = eigenbasis(moments.residual)[1]
+            maps[at] = Dense(rotated(vectors, setting.bands(at.site), setting.generator(at)))
+        if Site.VALUE in self.on:
+            assert moments.value is not None
+            for layer, moment in enumerate(moments.value):
+                at = At(Site.VALUE, layer)
+                vectors = eigenbasis(moment)[1]
+                bands = setting.bands(at.site)
+                heads = [rotated(v, bands, setting.generator(at, head)) for head, v in enumerate(vectors)]
+                maps[at] = PerHead(torch.stack(heads))
+        if Site.QUERY_KEY in self.on:
+            assert moments.key is not None
+            for layer, moment in enumerate(moments.key):
+                at = At(Site.QUERY_KEY, layer)
+                maps[at] = Dense(rotated(eigenbasis(moment)[1], setting.bands(at.site), setting.generator(at)))
+        return maps
+
+    def __str__(self) -> str:
+        return f"pca({', '.join(self.on)})"
+
+
+def pca(*sites: Site) -> Pca:
+    """`pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY)`."""
+    return Pca(sites)

@@ -1,0 +1,224 @@
+"""The pipeline: moments, maps, then layer by layer place → round → write. It never asks which method it runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from resq.backends.backend import Backend
+from resq.backends.reference import dense
+from resq.checkpoint.files import CheckpointWriter, EndParts, Parts
+from resq.models import decoder
+from resq.models.architecture import READERS, Point, Role, Shape
+from resq.models.decoder import Layer, Positions
+from resq.models.source import Source
+from resq.numerics.formats import Norm
+from resq.numerics.linear import DenseLinear, Linear
+from resq.numerics.maps import Dense, LinearMap
+from resq.numerics.moments import MomentSum
+from resq.ptq.placement import Placement
+from resq.ptq.recipe import At, Moments, Precision, Recipe, Setting
+from resq.ptq.rounding.nearest import Nearest
+from resq.ptq.statistics import Progress, check_finite, collect, in_dtype
+
+
+@dataclass(frozen=True)
+class LinearReport:
+    """What rounding one linear cost.
+
+    error: ||X W^T - X Ŵ^T||² / ||X W^T||² on the calibration inputs, or of the weights alone (None inputs) when the
+    rounding used no moment. damping: what the Cholesky factorization took. seconds: wall time.
+    """
+
+    layer: int
+    role: str
+    error: float
+    damping: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides the integers beside the source: recipe, calibration windows, seed."""
+
+    recipe: Recipe
+    tokens: Tensor
+    rounding_windows: int
+    seed: int
+    keep_tied: bool
+
+
+def fit_maps(recipe: Recipe, moments: Moments, shape: Shape, seed: int) -> dict[At, LinearMap]:
+    """All bases' maps; the recipe has made sure that no site is named twice."""
+    setting = Setting(shape, recipe.precision, seed)
+    maps: dict[At, LinearMap] = {}
+    for basis in recipe.basis:
+        maps.update(basis.fit(moments, setting))
+    return maps
+
+
+def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progress) -> list[LinearReport]:
+    """Quantize `source` into `writer`'s layers and ends. Two passes, each with one decoder layer in memory.
+
+    Raises InputError for tensors or activations that are not finite and for impossible bands.
+    """
+    ops = dense(torch.float32)
+    recipe, shape = job.recipe, source.shape
+    check_sizes(recipe.precision, shape)
+    moments = collect(source, ops, job.tokens, recipe.needs, progress)
+    placement = Placement(shape, fit_maps(recipe, moments, shape, job.seed), recipe.precision, recipe.folds_norms)
+
+    placed = placement.ends(source.ends(), keep_tied=job.keep_tied)
+    writer.add_ends(_end_names(source), store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied))
+    tokens = job.tokens[: job.rounding_windows] if recipe.rounding.needs_moment else job.tokens[:0]
+    hidden = [decoder.embed(ops, placed, window[None]) for window in tokens]
+    del placed
+
+    names = _layer_names(source)
+    reports = []
+    for index in range(shape.layers):
+        layer = placement.layer(source.layer(index), index)
+        stored = round_layer(ops, shape, layer, recipe, hidden, reports, index, progress)
+        parts = Parts(stored.linears, stored.norms, stored.inputs, stored.heads, stored.window)
+        writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
+    return reports
+
+
+def round_layer(
+    ops: Backend,
+    shape: Shape,
+    layer: Layer,
+    recipe: Recipe,
+    hidden: list[Tensor],
+    reports: list[LinearReport],
+    index: int,
+    progress: Progress,
+) -> Layer:
+    """Round one placed float64 layer, group by group in the order it runs, and move `hidden` (one [1, t, d] per window)
+    to its output.
+
+    A group's moment is taken after the groups before it were rounded, with the online maps applied and neither
+    activations nor cache rounded. `hidden` is empty when the rounding needs no moments.
+    """
+    run = in_dtype(layer, ops.dtype)
+    stored = replace(layer, linears=dict(layer.linears), norms={p: _stored_norm(n) for p, n in layer.norms.items()})
+    at = Positions.following(shape, 0, 1, hidden[0].shape[1]) if hidden else None
+    steps = shape.layers * len(READERS)
+
+    def round_group(point: Point, moment: Tensor | None) -> None:
+        for role in READERS[point]:
+            weight, bias = layer.linears[role].weight, layer.linears[role].bias
+            bands = recipe.precision.weight_bands(role, point, shape)
+            started = time.perf_counter()
+            if bands is None:
+                stored.linears[role] = DenseLinear(weight.to(torch.float16), bias)
+                rounded, damping = stored.linears[role].weight.to(torch.float64), None
+            else:
+                result = recipe.rounding(weight, moment, bands, bias)
+                stored.linears[role], damping = result.linear, result.damping
+                rounded = result.linear.dequantize(torch.float64)
+            run.linears[role] = DenseLinear(rounded.to(ops.dtype), None if bias is None else bias.to(ops.dtype))
+            error = relative_error(weight, rounded, moment)
+            reports.append(LinearReport(index, role, error, damping, time.perf_counter() - started))
+        progress("rounding", index * len(READERS) + list(READERS).index(point) + 1, steps)
+
+    def moment_of(inputs: list[Tensor]) -> Tensor | None:
+        if not inputs:
+            return None
+        total = MomentSum()
+        for x in inputs:
+            total.add(x[0])
+        return total.total()
+
+    def streamed_moment(form) -> Tensor | None:  # noqa: ANN001  a window's number -> its input, made and dropped
+        if at is None:
+            return None
+        total = MomentSum()
+        for number in range(len(hidden)):
+            total.add(form(number)[0])
+        return total.total()
+
+    round_group(Point.ATTN_IN, streamed_moment(lambda n: decoder.attention_input(ops, run, hidden[n])))
+    heads = []
+    if at is not None:
+        for h in hidden:
+            x = decoder.attention_input(ops, run, h)
+            heads.append(decoder.attention(ops, shape, run, x, at, ops.cache(run.heads)))
+    round_group(Point.O_IN, moment_of(heads))
+    for number, x in enumerate(heads):
+        hidden[number] = hidden[number] + ops.linear(x, run.linears[Role.O])
+    del heads
+    round_group(Point.MLP_IN, streamed_moment(lambda n: decoder.mlp_input(ops, run, hidden[n])))
+
+    def mlp_hidden(number: int) -> Tensor:
+        return decoder.mlp_hidden(ops, run, decoder.mlp_input(ops, run, hidden[number]))
+
+    round_group(Point.DOWN_IN, streamed_moment(mlp_hidden))
+    for number in range(len(hidden)):
+        hidden[number] = hidden[number] + ops.linear(mlp_hidden(number), run.linears[Role.DOWN])
+    if hidden:
+        check_finite(hidden[-1], index)
+    return stored
+
+
+def relative_error(weight: Tensor, rounded: Tensor, moment: Tensor | None) -> float:
+    """||X (W - Ŵ)^T||² / ||X W^T||² from the moment X^T X, or ||W - Ŵ||² / ||W||² without one."""
+    difference = weight - rounded
+    if moment is None:
+        return float(difference.square().sum() / weight.square().sum().clamp(min=1e-300))
+    energy = torch.einsum("oi,ij,oj->", weight, moment, weight)
+    return float(torch.einsum("oi,ij,oj->", difference, moment, difference) / energy.clamp(min=1e-300))
+
+
+def check_sizes(precision: Precision, shape: Shape) -> None:
+    """Raises InputError before any work when some dimension cannot be cut as the recipe asks."""
+    for point, roles in READERS.items():
+        precision.input_bands(point, shape)
+        for role in roles:
+            precision.weight_bands(role, point, shape)
+    precision.head_bands(precision.key, shape)
+    precision.head_bands(precision.value, shape)
+
+
+def store_ends(ends: decoder.Ends, source: Source, precision: Precision, *, keep_tied: bool) -> EndParts:
+    """Placed float64 ends as they are written: tables in 16 bit, the head in the precision asked for."""
+    dtype = sixteen_bit(ends.embed, source)
+    embed = ends.embed.to(dtype)
+    head: Linear
+    head_input = ends.head_input
+    if keep_tied:
+        head = DenseLinear(embed)
+    elif precision.head is None:
+        head = DenseLinear(ends.head.weight.to(sixteen_bit(ends.head.weight, source)))
+    else:
+        bands = precision.head.bands(source.shape.hidden)
+        head = Nearest()(ends.head.weight, None, bands, None).linear
+        head_input = replace(head_input, bands=bands)
+    if isinstance(head_input.map, Dense):
+        head_input = replace(head_input, map=replace(head_input.map, matrix=head_input.map.matrix.to(torch.float32)))
+    return EndParts(embed, _stored_norm(ends.norm), head_input, head, keep_tied)
+
+
+def sixteen_bit(table: Tensor, source: Source) -> torch.dtype:
+    """The source's own 16-bit dtype; a float32 source is stored as float16 unless a value is out of its range."""
+    if source.dtype == "bfloat16" or float(table.abs().max()) > torch.finfo(torch.float16).max:
+        return torch.bfloat16
+    return torch.float16
+
+
+def _stored_norm(norm: Norm) -> Norm:
+    return Norm(norm.eps, None if norm.gain is None else norm.gain.to(torch.float32))
+
+
+def _layer_names(source: Source) -> Mapping[str, str]:
+    return {**source.architecture.linears, **source.architecture.norms}
+
+
+def _end_names(source: Source) -> Mapping[str, str]:
+    architecture = source.architecture
+    return {"embed": architecture.embed, "norm": architecture.final_norm, "head": architecture.head}
+

@@ -1,0 +1,132 @@
+"""Placing maps into weights: logits stay as they are, rounding later is the only lossy step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from resq.models.architecture import READERS, Point, Role, Shape, Site
+from resq.models.decoder import Ends, Layer
+from resq.numerics.affine import round_symmetric, symmetric_scale
+from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
+from resq.numerics.linear import DenseLinear
+from resq.numerics.maps import Dense, LinearMap, PerHead, as_reader, as_writer
+from resq.ptq.recipe import At, Precision
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The maps of a model and how its activations are rounded. `folds`: norm gains move into the next linears."""
+
+    shape: Shape
+    maps: Mapping[At, LinearMap]
+    precision: Precision
+    folds: bool
+
+    def map_at(self, site: Site, layer: int | None = None) -> LinearMap | None:
+        """The map of a site, or None."""
+        return self.maps.get(At(site, layer))
+
+    def layer(self, source: Layer, index: int) -> Layer:
+        """Decoder layer `index` in the new bases, float64, with the formats of its inputs, queries, keys and values."""
+        folded = fold_norms(source) if self.folds else in_float64(source)
+        linears = dict(folded.linears)
+        if residual := self.map_at(Site.RESIDUAL):
+            for role in (Role.Q, Role.K, Role.V, Role.GATE, Role.UP):
+                linears[role] = DenseLinear(as_reader(residual, linears[role].weight), linears[role].bias)
+            for role in (Role.O, Role.DOWN):
+                linears[role] = DenseLinear(*as_writer(residual, linears[role].weight, linears[role].bias))
+        value = self.map_at(Site.VALUE, index)
+        if isinstance(value, PerHead):
+            v, o = linears[Role.V], linears[Role.O]
+            linears[Role.V] = DenseLinear(*as_writer(value, v.weight, v.bias))
+            queries = value.repeated(self.shape.heads // self.shape.kv_heads)
+            linears[Role.O] = DenseLinear(as_reader(queries, o.weight), o.bias)
+        inputs = {point: ActivationFormat(bands=self.precision.input_bands(point, self.shape)) for point in Point}
+        for point, site in ((Point.O_IN, Site.ATTN_OUT), (Point.DOWN_IN, Site.MLP_HIDDEN)):
+            if map := self.map_at(site, index):
+                for role in READERS[point]:
+                    linears[role] = DenseLinear(as_reader(map, linears[role].weight), linears[role].bias)
+                inputs[point] = ActivationFormat(map, inputs[point].bands)
+        if self.precision.output_per_head:
+            o_in = inputs[Point.O_IN]
+            inputs[Point.O_IN] = ActivationFormat(o_in.map, o_in.bands, groups=self.shape.heads)
+        return Layer(linears, folded.norms, self._heads(index), inputs, source.window)
+
+    def _heads(self, index: int) -> HeadFormats:
+        turn, bits = self.map_at(Site.QUERY_KEY, index), self.precision.rotation_bits
+        if isinstance(turn, Dense):
+            matrix = turn.matrix.to(torch.float32)
+            if bits is not None:
+                matrix = rounded_matrix(matrix, bits)
+            turn = Dense(matrix, orthogonal=bits is None)
+        else:
+            bits = None
+
+        def stored(bands, map: LinearMap | None = None, bits: int | None = None) -> ActivationFormat:  # noqa: ANN001
+            return ActivationFormat(map, bands, scale_dtype=torch.float16, map_input_bits=bits)
+
+        return HeadFormats(
+            query=ActivationFormat(turn, map_input_bits=bits),
+            key=stored(self.precision.head_bands(self.precision.key, self.shape), turn, bits),
+            value=stored(self.precision.head_bands(self.precision.value, self.shape)),
+        )
+
+    def ends(self, source: Ends, *, keep_tied: bool) -> Ends:
+        """Embedding table, final norm and head in the new basis, float64.
+
+        keep_tied (only for a tied source): the head goes on reading the table, its input taken through
+        M = U^T diag(gain) U online. Otherwise the head is a matrix of its own with gain and U folded in.
+        """
+        residual = self.map_at(Site.RESIDUAL)
+        embed = source.embed.to(torch.float64)
+        table = embed if residual is None else residual.apply(embed)
+        norm = Norm(source.norm.eps, None if source.norm.gain is None else source.norm.gain.to(torch.float64))
+        if keep_tied:
+            if residual is None or norm.gain is None:
+                return Ends(table, norm, PLAIN, DenseLinear(table))
+            identity = torch.eye(self.shape.hidden, dtype=torch.float64)
+            turn = residual.apply(identity)
+            mixed = Dense(turn.T @ (norm.gain[:, None] * turn), orthogonal=False)
+            return Ends(table, Norm(norm.eps), ActivationFormat(mixed), DenseLinear(table))
+        head = source.head.weight.to(torch.float64)
+        if self.folds and norm.gain is not None:
+            head, norm = head * norm.gain, Norm(norm.eps)
+        if residual is not None:
+            head = as_reader(residual, head)
+        return Ends(table, norm, PLAIN, DenseLinear(head))
+
+
+def in_float64(layer: Layer) -> Layer:
+    """The same layer with float64 weights, biases and gains."""
+
+    def wide(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.to(torch.float64)
+
+    return Layer(
+        {role: DenseLinear(linear.weight.to(torch.float64), wide(linear.bias)) for role, linear in layer.linears.items()},
+        {point: Norm(norm.eps, wide(norm.gain)) for point, norm in layer.norms.items()},
+        layer.heads,
+        layer.inputs,
+        layer.window,
+    )
+
+
+def fold_norms(layer: Layer) -> Layer:
+    """Move norm gains into the linears that read them: W' = W diag(g), in float64."""
+    wide = in_float64(layer)
+    linears = dict(wide.linears)
+    for point, norm in wide.norms.items():
+        if norm.gain is not None:
+            for role in READERS[point]:
+                linears[role] = DenseLinear(linears[role].weight * norm.gain, linears[role].bias)
+    return Layer(linears, {point: Norm(norm.eps) for point, norm in wide.norms.items()}, wide.heads, wide.inputs, wide.window)
+
+
+def rounded_matrix(matrix: Tensor, bits: int) -> Tensor:
+    """A matrix rounded symmetrically with one scale per tensor, float32."""
+    scale = symmetric_scale(matrix.reshape(1, -1), bits, clip_search=False)
+    return round_symmetric(matrix, scale, bits) * scale

@@ -1,0 +1,1 @@
+"""Roundings: how real weights become integers."""

@@ -1,0 +1,87 @@
+"""Pass 1: one streamed forward over the calibration windows, collecting the moments that the bases need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from resq.backends.backend import Backend
+from resq.errors import InputError
+from resq.models import decoder
+from resq.models.architecture import Role
+from resq.models.decoder import Layer, Positions
+from resq.models.source import Source
+from resq.numerics.linear import DenseLinear
+from resq.numerics.moments import MomentSum
+from resq.ptq.placement import fold_norms
+from resq.ptq.recipe import Moments, Statistic
+
+Progress = Callable[[str, int, int], None]
+
+
+def in_dtype(layer: Layer, dtype: torch.dtype) -> Layer:
+    """The same layer with weights and biases of dense linears cast once, for a forward in `dtype`."""
+
+    def cast(linear: DenseLinear) -> DenseLinear:
+        return DenseLinear(linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
+
+    return Layer({role: cast(linear) for role, linear in layer.linears.items()}, layer.norms, layer.heads, layer.inputs, layer.window)
+
+
+def check_finite(hidden: Tensor, layer: int) -> None:
+    """Raises InputError naming the layer whose output overflowed."""
+    if not torch.isfinite(hidden).all():
+        raise InputError(f"layer {layer} gives NaN or Inf on the calibration text; check the source model")
+
+
+def collect(
+    source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Statistic], progress: Progress
+) -> Moments:
+    """Moments over windows tokens int64 [windows, length], one layer of the source in memory at a time.
+
+    Windows are run one by one, so that no sum depends on a batch size.
+    """
+    shape, count = source.shape, tokens.shape[0]
+    if not needs:
+        return Moments(tokens.numel())
+    ends = source.ends()
+    hidden = [decoder.embed(ops, ends, window[None]) for window in tokens]
+    del ends
+    at = Positions.following(shape, 0, 1, tokens.shape[1])
+    residual: Tensor | None = None
+    values: list[Tensor] = []
+    keys: list[Tensor] = []
+    for index in range(shape.layers):
+        layer = in_dtype(fold_norms(source.layer(index)), ops.dtype)
+        attn_sum, mlp_sum, value_sum, key_sum = MomentSum(), MomentSum(), MomentSum(), MomentSum()
+        for number in range(count):
+            x = decoder.attention_input(ops, layer, hidden[number])
+            cache = ops.cache(layer.heads)
+            out = ops.linear(decoder.attention(ops, shape, layer, x, at, cache), layer.linears[Role.O])
+            middle = hidden[number] + out
+            m = decoder.mlp_input(ops, layer, middle)
+            if Statistic.RESIDUAL in needs:
+                attn_sum.add(x[0])
+                mlp_sum.add(m[0])
+            if Statistic.VALUE in needs:
+                value_sum.add(cache.values.read(ops.dtype)[0])
+            if Statistic.KEY in needs:
+                key_sum.add(cache.keys.read(ops.dtype)[0].flatten(0, 1))
+            hidden[number] = middle + ops.linear(decoder.mlp_hidden(ops, layer, m), layer.linears[Role.DOWN])
+            progress("collecting moments", index * count + number + 1, shape.layers * count)
+        check_finite(hidden[-1], index)
+        if Statistic.RESIDUAL in needs:
+            both = attn_sum.total() + mlp_sum.total()
+            residual = both if residual is None else residual + both
+        if Statistic.VALUE in needs:
+            values.append(value_sum.total())
+        if Statistic.KEY in needs:
+            keys.append(key_sum.total())
+    return Moments(
+        tokens.numel(),
+        residual,
+        values if Statistic.VALUE in needs else None,
+        keys if Statistic.KEY in needs else None,
+    )

@@ -1,0 +1,1 @@
+"""Online: load a packed checkpoint, run it, generate from it."""

@@ -1,0 +1,109 @@
+"""What tests share: small random checkpoints in Hugging Face format, and the trained models when they are at hand."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
+# Small enough that a forward takes milliseconds, odd enough to catch a size taken for another.
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 172,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 259,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
+
+
+def byte_tokenizer(directory: Path, *, chat: bool = False) -> None:
+    """Write a tokenizer with one token per byte (3 … 258) and <pad>, <s>, </s> as 0, 1, 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: index + 3 for index, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    if chat:
+        fast.chat_template = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    fast.save_pretrained(directory)
+
+
+def make_checkpoint(directory: Path, model_type: str = "llama", seed: int = 0, *, chat: bool = False, **changes: Any) -> Path:
+    """A random model of `TINY`'s shape with `changes`, saved by transformers in bfloat16 (or `dtype`), with tokenizer.
+
+    Norm gains and biases are random too, so that a forgotten one shows.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    dtype = changes.pop("dtype", "bfloat16")
+    shards = changes.pop("max_shard_size", "10GB")
+    config = AutoConfig.for_model(model_type, **{**TINY, **changes, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "norm" in name:
+                    parameter.uniform_(0.5, 1.5)
+                elif name.endswith("bias"):
+                    parameter.normal_(0.0, 0.2)
+                else:
+                    parameter.normal_(0.0, 0.15)
+    model.to(getattr(torch, dtype)).save_pretrained(directory, max_shard_size=shards)
+    byte_tokenizer(directory, chat=chat)
+    return directory
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """`checkpoint(num_attention_heads=4, …)` makes a random source model and returns its directory."""
+    made = 0
+
+    def make(model_type: str = "llama", **changes: Any) -> Path:
+        nonlocal made
+        made += 1
+        return make_checkpoint(tmp_path / f"source-{made}", model_type, **changes)
+
+    return make
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """A calibration text of about 12,000 bytes with some structure."""
+    file = tmp_path / "calibration.txt"
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "while", "it", "rains"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(words), (2500,), generator=generator).tolist()
+    file.write_text(" ".join(words[i] + ("." if n % 11 == 10 else "") for n, i in enumerate(picks)), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the checkout with trained models and texts; a stranger's clone has none."""
+    if not (SHARED / "models").is_dir():
+        pytest.skip("../shared with trained models is not here")
+    return SHARED
+
+
+def write_json(file: Path, value: Any) -> Path:
+    """Write JSON and return the file."""
+    file.write_text(json.dumps(value), encoding="utf-8")
+    return file
