@@ -72,11 +72,7 @@ def read_model(path: Path) -> tuple[dict, dict[str, np.ndarray]]:
     dim, hidden, layers, heads, kv_heads, vocab, context = header
     # A negative vocabulary size says that the classifier does not share the embedding's weights.
     tied, vocab = vocab > 0, abs(vocab)
-    if (
-        min(dim, hidden, layers, heads, kv_heads, vocab, context) <= 0
-        or dim % (2 * heads)
-        or heads % kv_heads
-    ):
+    if min(dim, hidden, layers, heads, kv_heads, vocab, context) <= 0 or dim % (2 * heads) or heads % kv_heads:
         raise ValueError(
             f"{path} starts with {header}, the legacy llama2.c header is (dim, hidden, layers, heads,"
             " kv_heads, vocab, context) with an even head size: export the model with `export.py --version 0`"
@@ -214,9 +210,7 @@ def write_json(path: Path, content: dict) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model_bin", type=Path)
     parser.add_argument("tokenizer_bin", type=Path)
     parser.add_argument("out", type=Path)

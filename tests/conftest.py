@@ -45,7 +45,9 @@ def byte_tokenizer(directory: Path, *, chat: bool = False) -> None:
     fast.save_pretrained(directory)
 
 
-def make_checkpoint(directory: Path, model_type: str = "llama", seed: int = 0, *, chat: bool = False, **changes: Any) -> Path:
+def make_checkpoint(
+    directory: Path, model_type: str = "llama", seed: int = 0, *, chat: bool = False, **changes: Any
+) -> Path:
     """A random model of `TINY`'s shape with `changes`, saved by transformers in bfloat16 (or `dtype`), with tokenizer.
 
     Norm gains and biases are random too, so that a forgotten one shows.
@@ -54,7 +56,9 @@ def make_checkpoint(directory: Path, model_type: str = "llama", seed: int = 0, *
 
     dtype = changes.pop("dtype", "bfloat16")
     shards = changes.pop("max_shard_size", "10GB")
-    config = AutoConfig.for_model(model_type, **{**TINY, **changes, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    config = AutoConfig.for_model(
+        model_type, **{**TINY, **changes, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config)

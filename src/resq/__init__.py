@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from resq._version import __version__
 from resq.hosts import hook
 
 if TYPE_CHECKING:
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from resq.runtime.generate import Sampling as Sampling
     from resq.runtime.load import Model as Model
     from resq.runtime.load import load as load
-
-__version__ = "0.1.0"
 
 # Heavy modules are imported when first asked for, so that `import resq` stays fast.
 _LAZY = {

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
-import resq
+from resq._version import __version__
 from resq.checkpoint.files import CheckpointWriter
 from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, CalibrationEntry, Manifest, RecipeEntry, SourceEntry
 from resq.errors import InputError
@@ -99,7 +100,6 @@ def quantize(
         hashes = model.sha256(lambda done: progress("hashing the source", done, total))
         _copy_files(model, writer)
         header = {
-            "format_version": FORMAT_VERSION,
             "made_by": _versions(),
             "recipe": RecipeEntry(
                 name=method.name,
@@ -117,7 +117,9 @@ def quantize(
                 tied=model.shape.tied,
                 sha256=hashes,
             ),
-            "calibration": None if chosen is None else CalibrationEntry(
+            "calibration": None
+            if chosen is None
+            else CalibrationEntry(
                 origin=chosen.origin,
                 windows=windows,
                 rounding_windows=least,
@@ -125,15 +127,28 @@ def quantize(
                 tokens_sha256=chosen.sha256,
                 forward="float32, cpu",
             ),
-            "notes": [],
+            "notes": damping_notes(reports),
         }
         writer.add_text("README.md", model_card(header, out.name))
         manifest = writer.close(**header)
     return Result(out, manifest, reports, time.perf_counter() - started)
 
 
+def damping_notes(reports: Sequence[LinearReport]) -> list[str]:
+    """A line for each linear whose Hessian took more damping than the first of its kind: remarks for the manifest."""
+    least = min((report.damping for report in reports if report.damping is not None), default=0.0)
+    raised = [report for report in reports if report.damping is not None and report.damping > least]
+    return [f"layer {report.layer} {report.role}: Cholesky needed damping {report.damping:g}" for report in raised]
+
+
 def _windows(
-    model: Source, tokenizer, files: Sequence[str | Path], count: int, length: int | None, seed: int, recipe: Recipe
+    model: Source,
+    tokenizer: Any,
+    files: Sequence[str | Path],
+    count: int,
+    length: int | None,
+    seed: int,
+    recipe: Recipe,
 ) -> Windows | None:
     if not recipe.needs and not recipe.rounding.needs_moment:
         return None
@@ -157,7 +172,12 @@ def _copy_files(model: Source, writer: CheckpointWriter) -> None:
     raw["quantization_config"] = {"quant_method": "resq", "format_version": FORMAT_VERSION, "manifest": MANIFEST_FILE}
     writer.add_text("config.json", json.dumps(raw, indent=2) + "\n")
     for file in sorted(model.path.iterdir()):
-        if file.is_file() and file.suffix in COPIED and file.name not in OWN_FILES and not file.name.endswith(".index.json"):
+        if (
+            file.is_file()
+            and file.suffix in COPIED
+            and file.name not in OWN_FILES
+            and not file.name.endswith(".index.json")
+        ):
             writer.add_copy(file)
 
 
@@ -165,7 +185,7 @@ def _versions() -> dict[str, str]:
     import transformers
 
     return {
-        "resq": resq.__version__,
+        "resq": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

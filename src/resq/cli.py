@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from resq.errors import InputError
+
+if TYPE_CHECKING:
+    from resq.api import Result
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -107,12 +112,13 @@ def quantize(
     total = sum(file.bytes for file in result.manifest.files.values())
     source_bytes = result.manifest.source.bytes
     out.print(
-        f"[bold]{result.directory}[/bold]: {size(total)}, {total / source_bytes:.2f} × the source's {size(source_bytes)}, "
-        f"in {result.seconds:.0f} s. Next: [cyan]resq generate {result.directory} \"…\"[/cyan]"
+        f"[bold]{result.directory}[/bold]: {size(total)}, {total / source_bytes:.2f} × the source's "
+        f'{size(source_bytes)}, in {result.seconds:.0f} s. Next: [cyan]resq generate {result.directory} "…"[/cyan]',
+        soft_wrap=True,
     )
 
 
-def _print_errors(result) -> None:  # noqa: ANN001  resq.api.Result, imported only when used
+def _print_errors(result: Result) -> None:
     table = Table(title="relative squared output error of each linear on its calibration inputs", title_justify="left")
     roles = list(dict.fromkeys(report.role for report in result.linears))
     table.add_column("layer", justify="right")
@@ -123,9 +129,8 @@ def _print_errors(result) -> None:  # noqa: ANN001  resq.api.Result, imported on
         cells = {report.role: report for report in result.linears if report.layer == layer}
         table.add_row(str(layer), *(f"{cells[role].error:.1e}" for role in roles))
     out.print(table)
-    raised = [r for r in result.linears if r.damping is not None and r.damping > 0.011]
-    for report in raised:
-        out.print(f"layer {report.layer} {report.role}: Cholesky needed damping {report.damping:g}")
+    for note in result.manifest.notes:
+        out.print(note)
 
 
 @app.command("eval")
@@ -134,7 +139,8 @@ def evaluate(
     text: Annotated[Path, typer.Option(help="UTF-8 text or .jsonl.")],
     window_length: Annotated[int, typer.Option(help="Tokens per non-overlapping window.")] = 2048,
     wikitext: Annotated[
-        bool, typer.Option("--wikitext", help="The text is a WikiText split: join its rows by blank lines, as papers do.")
+        bool,
+        typer.Option("--wikitext", help="The text is a WikiText split: join its rows by blank lines, as papers do."),
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -153,7 +159,9 @@ def evaluate(
         ratio, delta = "", ""
         if row.ratio is not None:
             ratio, delta = f"{row.ratio:.4f}", f"{row.delta:+.4f} [{row.delta_low:+.4f}, {row.delta_high:+.4f}]"
-        table.add_row(row.checkpoint, row.recipe, f"{row.perplexity:.3f}", ratio, delta, f"{row.tokens:,}", f"{row.seconds:.1f}")
+        table.add_row(
+            row.checkpoint, row.recipe, f"{row.perplexity:.3f}", ratio, delta, f"{row.tokens:,}", f"{row.seconds:.1f}"
+        )
     out.print(table)
 
 
@@ -241,8 +249,8 @@ def inspect(
     true.add_row(*(f"{bits:.2f}" for bits in (book.weight_bits, book.activation_bits, book.key_bits, book.value_bits)))
     out.print(true)
     out.print(
-        f"weight files {size(book.bytes)} (layers {size(book.layer_bytes)}, embedding and head {size(book.end_bytes)}), "
-        f"{book.bytes / book.source_bytes:.2f} × the source's {size(book.source_bytes)}; "
+        f"weight files {size(book.bytes)} (layers {size(book.layer_bytes)}, embedding and head "
+        f"{size(book.end_bytes)}), {book.bytes / book.source_bytes:.2f} × the source's {size(book.source_bytes)}; "
         f"KV cache {size(book.kv_bytes_per_token)} per token, "
         f"{book.kv_bytes_per_token / book.kv_bytes_per_token_16bit:.2f} × 16 bit"
     )
@@ -262,13 +270,23 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; every half-written thing is removed on the way out."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise Interrupted
+
+
 def main() -> None:
     """Run the command line; an unusable input is one line on standard error and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
         app()
     except InputError as error:
-        err.print(f"[bold red]error:[/bold red] {error}", soft_wrap=True, highlight=False)
+        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except Interrupted:
         err.print("interrupted; nothing was kept")
         sys.exit(130)

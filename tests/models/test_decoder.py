@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import write_json
 from torch import Tensor
 
 from resq.backends.reference import dense
@@ -16,7 +17,6 @@ from resq.models import decoder
 from resq.models.decoder import Positions
 from resq.models.rope import Rope
 from resq.models.source import Source
-from tests.conftest import write_json
 
 TOKENS = 24
 MODELS: dict[str, dict[str, Any]] = {

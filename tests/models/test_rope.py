@@ -87,7 +87,9 @@ def test_another_scaling_is_refused_by_name(kind: str) -> None:
         rope_from_config({"rope_parameters": parameters}, 64)
 
 
-@pytest.mark.parametrize("config", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}])
+@pytest.mark.parametrize(
+    "config", [{"partial_rotary_factor": 0.5}, {"rope_parameters": {"partial_rotary_factor": 0.5}}]
+)
 def test_partial_rotation_is_refused(config: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="partial rotary"):
         rope_from_config(config, 64)

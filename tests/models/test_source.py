@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import write_json
 from torch import Tensor
 
 from resq.errors import InputError
 from resq.models.architecture import Role, architecture_for
 from resq.models.source import Source, locate, read_config
 from resq.numerics.linear import DenseLinear
-from tests.conftest import write_json
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -29,7 +29,7 @@ def read_all(directory: Path) -> None:
         source.layer(index)
 
 
-def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+def change_tensors(directory: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
     file = directory / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
@@ -49,8 +49,12 @@ def refused(match: str, action: Callable[[], object]) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("name", [Q, "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"])
-def test_a_weight_that_is_not_finite_is_refused_by_name(name: str, value: float, checkpoint: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "name", [Q, "model.embed_tokens.weight", "model.norm.weight", "model.layers.0.input_layernorm.weight"]
+)
+def test_a_weight_that_is_not_finite_is_refused_by_name(
+    name: str, value: float, checkpoint: Callable[..., Path]
+) -> None:
     directory = checkpoint()
     change_tensors(directory, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
     refused(f"{name} holds NaN or Inf", lambda: read_all(directory))
@@ -97,7 +101,7 @@ def test_a_missing_shard_is_refused_by_name(checkpoint: Callable[..., Path]) -> 
     refused(f"lacks {shard.name}", lambda: read_all(directory))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 3}'])
 def test_an_unreadable_index_is_refused(content: str, checkpoint: Callable[..., Path]) -> None:
     directory = checkpoint(max_shard_size="40KB")
     (directory / "model.safetensors.index.json").write_text(content)
@@ -137,13 +141,15 @@ def test_a_config_that_names_no_model_is_refused(content: str, tmp_path: Path) -
     refused("config.json", lambda: Source.open(tmp_path))
 
 
-@pytest.mark.parametrize(("given", "nearest"), [("lama", "llama"), ("Llama", "llama"), ("qwen2_moe", "qwen2"), ("qwen3", "qwen2")])
+@pytest.mark.parametrize(
+    ("given", "nearest"), [("lama", "llama"), ("Llama", "llama"), ("qwen2_moe", "qwen2"), ("qwen3", "qwen2")]
+)
 def test_an_unknown_model_type_is_refused_with_the_nearest_known(given: str, nearest: str) -> None:
     refused(f"'{given}' is not supported.*did you mean {nearest}?", lambda: architecture_for(given))
 
 
 def test_a_model_type_like_no_other_gets_the_list_and_no_hint() -> None:
-    with pytest.raises(InputError, match="supported are.*llama, qwen2") as caught:
+    with pytest.raises(InputError, match=r"supported are.*llama, qwen2") as caught:
         architecture_for("whisper")
     assert "did you mean" not in str(caught.value)
 
@@ -166,7 +172,11 @@ def test_an_empty_quantization_config_is_none(checkpoint: Callable[..., Path]) -
         ("llama", {"hidden_act": "gelu"}, "activation is 'gelu'"),
         ("llama", {"num_attention_heads": 8, "num_key_value_heads": 3}, "8 query heads cannot share 3"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0, "layer_types": None}, "sliding-window"),
+        (
+            "qwen2",
+            {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 0, "layer_types": None},
+            "sliding-window",
+        ),
     ],
     ids=["activation", "heads", "rope", "sliding-window"],
 )
@@ -176,6 +186,24 @@ def test_a_configuration_that_cannot_be_run_is_refused(
     directory = checkpoint(model_type)
     change_config(directory, **changes)
     refused(match, lambda: Source.open(directory))
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"hidden_size": "64"}, "hidden_size"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_attention_heads": 0}, "zero"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "factor"),
+        ({"dtype": "nonsense"}, "nonsense"),
+    ],
+)
+def test_a_value_that_transformers_refuses_is_refused(
+    changes: dict[str, Any], match: str, checkpoint: Callable[..., Path]
+) -> None:
+    directory = checkpoint()
+    change_config(directory, **changes)
+    refused(rf"cannot read .*config.json.*{match}", lambda: Source.open(directory))
 
 
 def test_a_window_that_no_layer_uses_is_accepted(checkpoint: Callable[..., Path]) -> None:

@@ -79,9 +79,7 @@ def test_plan_names_the_smallest_known_order(size: int, power: int, order: int, 
 
 
 @pytest.mark.parametrize(("order", "construction"), DENSE)
-def test_factor_is_orthogonal_and_a_hadamard_has_entries_of_one_magnitude(
-    order: int, construction: str
-) -> None:
+def test_factor_is_orthogonal_and_a_hadamard_has_entries_of_one_magnitude(order: int, construction: str) -> None:
     f = factor(HadamardPlan(order, 1, order, construction))
     assert (f.dtype, f.shape) == (torch.float64, (order, order))
     torch.testing.assert_close(f @ f.T, torch.eye(order, dtype=torch.float64), rtol=0, atol=1e-12)
@@ -99,15 +97,11 @@ def test_matrix_is_orthogonal_and_transform_multiplies_by_it(size: int) -> None:
     torch.testing.assert_close(inverse_transform(x, p), x @ t.T, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "p", [plan(11008), HadamardPlan(11008, 32, 344, "paley1"), plan(13696), plan(29568)], ids=str
-)
+@pytest.mark.parametrize("p", [plan(11008), HadamardPlan(11008, 32, 344, "paley1"), plan(13696), plan(29568)], ids=str)
 def test_coordinate_i_order_plus_j_is_walsh_row_i_times_factor_row_j(p: HadamardPlan) -> None:
     # One row of T at a time: H_power[i, i'] = (-1)^popcount(i & i').
     i, j = p.power * 2 // 3, p.order // 2
-    walsh = torch.tensor(
-        [(-1.0) ** (i & column).bit_count() for column in range(p.power)], dtype=torch.float64
-    )
+    walsh = torch.tensor([(-1.0) ** (i & column).bit_count() for column in range(p.power)], dtype=torch.float64)
     unit = torch.zeros(p.size, dtype=torch.float64)
     unit[i * p.order + j] = 1
     expected = torch.kron(walsh, factor(p)[j]) * p.power**-0.5

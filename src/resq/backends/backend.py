@@ -28,6 +28,10 @@ class LayerCache(Protocol):
         """Rows stored, once a token is."""
         ...
 
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys (after RoPE and their map) and values as stored, dequantized: [b, G, tokens, h] each."""
+        ...
+
     def crop(self, length: int) -> None:
         """Forget every token from `length` on."""
         ...

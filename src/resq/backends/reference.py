@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq.backends.backend import Activations, Backend
+from resq.errors import InputError
 from resq.numerics.affine import FLOAT16_MAX, Quantized
 from resq.numerics.bands import Bands
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
@@ -66,9 +67,13 @@ def accumulate(x: Quantized, w: UnpackedLinear) -> list[tuple[Tensor, Tensor, Te
     """
     parts = []
     for index, (band, cut) in enumerate(zip(w.bands, w.bands.slices(), strict=True)):
-        source = next(
-            i for i, outer in enumerate(x.bands.slices()) if outer.start <= cut.start and cut.stop <= outer.stop
-        )
+        outers = enumerate(x.bands.slices())
+        source = next((i for i, outer in outers if outer.start <= cut.start and cut.stop <= outer.stop), None)
+        if source is None or (x.groups > 1 and x.bands.bands[source].size != band.size):
+            raise InputError(
+                f"weight bands {w.bands.pairs} do not fit activation bands {x.bands.pairs} of {x.groups} groups; "
+                "a weight band lies inside one activation band, and is all of it where there are several groups"
+            )
         step = band.size // x.groups
         for group in range(x.groups):
             at = slice(cut.start + group * step, cut.start + (group + 1) * step)
@@ -140,7 +145,8 @@ class Store:
 def packed_store(format: ActivationFormat) -> Store:
     """Per token and head: packed bytes of every band, then scales and zero points in `format.scale_dtype`."""
     bands = format.bands
-    assert bands is not None and format.groups == 1
+    assert bands is not None
+    assert format.groups == 1
 
     def encode(x: Tensor) -> tuple[Tensor, ...]:
         q = format.quantize(x)
@@ -167,8 +173,12 @@ def plain_store(dtype: torch.dtype) -> Store:
 class Cache:
     """State: the stored keys (after RoPE and their map) and values of one layer."""
 
-    def __init__(self, keys: Store, values: Store) -> None:
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Store, values: Store, dtype: torch.dtype) -> None:
+        self.keys, self.values, self._dtype = keys, values, dtype
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as stored, dequantized, [b, G, tokens, h] each."""
+        return self.keys.read(self._dtype), self.values.read(self._dtype)
 
     @property
     def length(self) -> int:
@@ -195,7 +205,7 @@ class Cache:
 
 
 def visible(t: int, length: int, starts: Tensor | None, window: int | None) -> Tensor | None:
-    """Which cached slots the last `t` tokens may see: bool [b or 1, 1, t, length], None when plainly causal from slot 0.
+    """Which slots the last `t` tokens may see: bool [b or 1, 1, t, length], None when plainly causal from slot 0.
 
     A query always sees its own slot, so that a padded row stays finite.
     """
@@ -248,7 +258,7 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
         return formats.query.project(q, compute, rounded=rounded).to(point)
 
     def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
-        k, v = cache.keys.read(compute), cache.values.read(compute)
+        k, v = cache.read()
         mask = visible(q.shape[1], cache.length, starts, window)
         out = F.scaled_dot_product_attention(
             q.to(compute).transpose(1, 2), k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
@@ -268,7 +278,7 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
         return plain_store(torch.float16) if format.bands is None else packed_store(format)
 
     def cache(formats: HeadFormats) -> Cache:
-        return Cache(store(formats.key), store(formats.value))
+        return Cache(store(formats.key), store(formats.value), compute)
 
     def prepack(linear: Linear) -> UnpackedLinear | DenseLinear:
         if rounded:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resq.checkpoint.manifest import (
+    FORMAT_VERSION,
     MANIFEST_FILE,
     EndsEntry,
     FileEntry,
@@ -33,7 +35,7 @@ from resq.checkpoint.manifest import (
 )
 from resq.errors import CheckpointError, InputError
 from resq.numerics import maps
-from resq.numerics.bands import Bands
+from resq.numerics.bands import PACKABLE_BITS, Bands
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 
@@ -128,13 +130,15 @@ class CheckpointWriter:
         self.out = out
         if out.exists() or out.is_symlink():
             raise InputError(f"{out} exists already; choose another --out or remove it first")
-        self._work = out.parent / f".{out.name}.partial-{os.getpid()}"
+        # A random name: a process id comes back after a crash, in a container with every run.
+        self._work = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             self._work.mkdir()
         except OSError as error:
             raise InputError(f"cannot write to {out.parent}: {error.strerror}; choose another --out") from error
         self._weight_map: dict[str, str] = {}
+        self._tensor_bytes = 0
         self._files: dict[str, FileEntry] = {}
         self._layers: dict[int, LayerEntry] = {}
         self._ends: EndsEntry | None = None
@@ -143,7 +147,9 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if not self._closed:
             shutil.rmtree(self._work, ignore_errors=True)
 
@@ -151,11 +157,14 @@ class CheckpointWriter:
         path = self._work / file
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+            # safetensors makes files that only their owner can read; these are as readable as their directory.
+            path.chmod(self._work.stat().st_mode & 0o666)
             digest = _sync_and_hash(path)
         except (OSError, SafetensorError) as error:
             raise _write_error(self.out, error) from error
         self._files[file] = FileEntry(bytes=path.stat().st_size, sha256=digest)
         self._weight_map.update(dict.fromkeys(tensors, file))
+        self._tensor_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
     def add_layer(self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts) -> None:
         """Write decoder layer `index`: `prefix` is `model.layers.3`, `names` the module name of every role and norm."""
@@ -205,16 +214,22 @@ class CheckpointWriter:
             raise _write_error(self.out, error) from error
 
     def close(self, **header: Any) -> Manifest:
-        """Write index and manifest, flush everything to disk and move the directory to its place."""
-        assert self._ends is not None and sorted(self._layers) == list(range(len(self._layers)))
+        """Write index and manifest, flush everything to disk and move the directory to its place; `header` holds the
+        manifest's remaining fields."""
+        assert self._ends is not None
+        assert sorted(self._layers) == list(range(len(self._layers)))
+        others = [path for path in sorted(self._work.iterdir()) if path.name not in self._files]
         manifest = Manifest(
+            format_version=FORMAT_VERSION,
             **header,
             ends=self._ends,
             layers=[self._layers[index] for index in sorted(self._layers)],
             files=dict(sorted(self._files.items())),
+            copied={
+                path.name: _file_entry(path) for path in sorted(self._work.iterdir()) if path.name not in self._files
+            },
         )
-        total = sum(entry.bytes for entry in self._files.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(self._weight_map.items()))}
+        index = {"metadata": {"total_size": self._tensor_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         self.add_text(INDEX_FILE, json.dumps(index, indent=1) + "\n")
         self.add_text(MANIFEST_FILE, manifest.to_json())
         try:
@@ -236,6 +251,11 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _file_entry(path: Path) -> FileEntry:
+    content = path.read_bytes()
+    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _sync_and_hash(path: Path) -> str:
@@ -268,9 +288,14 @@ class CheckpointReader:
         size = path.stat().st_size
         if size != want.bytes:
             raise CheckpointError(f"{path} has {size} bytes, {want.bytes} were written; copy the checkpoint again")
-        content = path.read_bytes()
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
         if hashlib.sha256(content).hexdigest() != want.sha256:
-            raise CheckpointError(f"{path} was altered after it was written (sha256 differs); copy the checkpoint again")
+            raise CheckpointError(
+                f"{path} was altered after it was written (sha256 differs); copy the checkpoint again"
+            )
         try:
             return load_bytes(content)
         except SafetensorError as error:
@@ -283,8 +308,12 @@ class CheckpointReader:
         return Parts(
             linears={role: read.linear(linear) for role, linear in entry.linears.items()},
             norms={point: read.norm(norm) for point, norm in entry.norms.items()},
-            inputs={point: read.format(format) for point, format in entry.inputs.items()},
-            heads=HeadFormats(read.format(entry.query), read.format(entry.key), read.format(entry.value)),
+            inputs={point: read.format(f"inputs.{point}", format) for point, format in entry.inputs.items()},
+            heads=HeadFormats(
+                query=read.format("query", entry.query),
+                key=read.format("key", entry.key),
+                value=read.format("value", entry.value),
+            ),
             window=entry.window,
         )
 
@@ -293,8 +322,12 @@ class CheckpointReader:
         entry = self.manifest.ends
         read = _Entries(entry.file, self._read(entry.file))
         embed = read.tensor(entry.embed)
-        head = DenseLinear(embed) if entry.tied else read.linear(entry.head)
-        return EndParts(embed, read.norm(entry.norm), read.format(entry.head_input), head, entry.tied)
+        if entry.tied and (entry.embed != f"{entry.head.name}.weight" or entry.head.bands or entry.head.bias):
+            raise CheckpointError(
+                f"{entry.file}: the head is tied, but {entry.head.name} is not the table {entry.embed} alone"
+            )
+        head = read.linear(entry.head)
+        return EndParts(embed, read.norm(entry.norm), read.format("head_input", entry.head_input), head, entry.tied)
 
 
 class _Entries:
@@ -305,28 +338,46 @@ class _Entries:
 
     def tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
-            raise CheckpointError(f"{self._file} has no tensor {name}, which its manifest names; copy the checkpoint again")
+            raise CheckpointError(
+                f"{self._file} has no tensor {name}, which its manifest names; copy the checkpoint again"
+            )
         return self._tensors[name]
 
     def linear(self, entry: LinearEntry) -> Linear:
-        bias = self.tensor(f"{entry.name}.bias") if entry.bias else None
+        bias = self._shaped(f"{entry.name}.bias", entry.shape[:1]) if entry.bias else None
         if entry.bands is None:
-            linear: Linear = DenseLinear(self.tensor(f"{entry.name}.weight"), bias)
+            linear: Linear = DenseLinear(self._shaped(f"{entry.name}.weight", entry.shape), bias)
         else:
-            bands = _bands(entry.bands)
+            bands = self._bands(entry.name, entry.bands)
             parts = tuple(self.tensor(f"{entry.name}.qweight.{index}") for index in range(len(bands)))
             try:
                 linear = PackedLinear(bands, parts, self.tensor(f"{entry.name}.scale"), bias)
             except InputError as error:
                 raise CheckpointError(f"{self._file}: {entry.name}: {error}") from error
         if list(linear.shape) != entry.shape:
-            raise CheckpointError(f"{self._file}: {entry.name} has shape {list(linear.shape)}, its manifest says {entry.shape}")
+            raise CheckpointError(
+                f"{self._file}: {entry.name} has shape {list(linear.shape)}, its manifest says {entry.shape}"
+            )
         return linear
+
+    def _shaped(self, name: str, shape: list[int]) -> Tensor:
+        tensor = self.tensor(name)
+        if list(tensor.shape) != shape:
+            raise CheckpointError(f"{self._file}: {name} has shape {list(tensor.shape)}, its manifest says {shape}")
+        return tensor
+
+    def _bands(self, name: str, pairs: list[list[int]]) -> Bands:
+        try:
+            return Bands.of(*((bits, size) for bits, size in pairs))
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self._file}: {name}: the manifest holds impossible bands {pairs}: {error}"
+            ) from error
 
     def norm(self, entry: NormEntry) -> Norm:
         return Norm(entry.eps, None if entry.gain is None else self.tensor(entry.gain))
 
-    def format(self, entry: FormatEntry) -> ActivationFormat:
+    def format(self, name: str, entry: FormatEntry) -> ActivationFormat:
         map = None
         if entry.map is not None:
             parameters = entry.map.model_dump(exclude={"tensor"}, exclude_none=True)
@@ -334,14 +385,17 @@ class _Entries:
             tensors = {} if entry.map.tensor is None else {key: self.tensor(entry.map.tensor)}
             try:
                 map = maps.restore(parameters, tensors)
-            except (InputError, KeyError) as error:
-                raise CheckpointError(f"{self._file}: a map of kind {entry.map.kind} cannot be restored: {error}") from error
-        bands = None if entry.bands is None else _bands(entry.bands)
-        return ActivationFormat(map, bands, entry.groups, _DTYPES[entry.scale_dtype], entry.map_input_bits)
-
-
-def _bands(pairs: list[list[int]]) -> Bands:
-    try:
-        return Bands.of(*((bits, size) for bits, size in pairs))
-    except (InputError, ValueError) as error:
-        raise CheckpointError(f"the manifest holds impossible bands {pairs}: {error}") from error
+            except KeyError as error:
+                raise CheckpointError(f"{self._file}: {name}: a {entry.map.kind} map without {error}") from error
+            except InputError as error:
+                what = f"{entry.map.kind} map {entry.map.tensor or ''}".strip()
+                raise CheckpointError(f"{self._file}: {name}: the {what} is impossible: {error}") from error
+        bands = None if entry.bands is None else self._bands(name, entry.bands)
+        if entry.map_input_bits not in (None, *PACKABLE_BITS):
+            raise CheckpointError(f"{self._file}: {name}: map_input_bits is {entry.map_input_bits}, no width of a band")
+        if map is not None and bands is not None and bands.size != map.size:
+            raise CheckpointError(f"{self._file}: {name}: bands of {bands.size} coordinates follow a map of {map.size}")
+        try:
+            return ActivationFormat(map, bands, entry.groups, _DTYPES[entry.scale_dtype], entry.map_input_bits)
+        except InputError as error:
+            raise CheckpointError(f"{self._file}: {name}: {error}") from error

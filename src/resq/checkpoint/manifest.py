@@ -22,10 +22,10 @@ class MapEntry(_Strict):
     """An online linear map; `tensor` names its stored matrix or index, absent for a Hadamard transform."""
 
     kind: Literal["dense", "per_head", "permutation", "hadamard"]
-    size: int
+    size: int = Field(ge=1)
     tensor: str | None = None
     orthogonal: bool | None = None
-    heads: int | None = None
+    heads: int | None = Field(default=None, ge=1)
     power: int | None = None
     order: int | None = None
     construction: str | None = None
@@ -36,7 +36,7 @@ class FormatEntry(_Strict):
 
     map: MapEntry | None = None
     bands: list[list[int]] | None = None
-    groups: int = 1
+    groups: int = Field(default=1, ge=1)
     scale_dtype: Literal["float32", "float16"] = "float32"
     map_input_bits: int | None = None
 
@@ -132,6 +132,7 @@ class Manifest(_Strict):
     ends: EndsEntry
     layers: list[LayerEntry]
     files: dict[str, FileEntry]
+    copied: dict[str, FileEntry]
     notes: list[str] = Field(default_factory=list)
     golden: FileEntry | None = None
 
@@ -147,14 +148,21 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}; it is not a checkpoint written by resq quantize")
     try:
         raw: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; check its permissions") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{file} is not valid JSON ({error}); copy the checkpoint again") from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{file} has format version {version}; this resq reads {FORMAT_VERSION}: upgrade resq-llm")
+        raise CheckpointError(
+            f"{file} has format version {version!r}; this resq reads {FORMAT_VERSION}: upgrade resq-llm"
+        )
     try:
         return Manifest.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{file}: {where}: {first['msg'].lower()}; the manifest was altered or is of a newer resq") from error
+        # A key may hold anything, a line break too.
+        where = ".".join(str(part).encode("unicode_escape").decode() for part in first["loc"])
+        raise CheckpointError(
+            f"{file}: {where}: {first['msg'].lower()}; the manifest was altered or is of a newer resq"
+        ) from error

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resq.backends.backend import Backend, LayerCache
@@ -35,9 +35,14 @@ class ResQConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: the manifest beside it holds everything else."""
 
     def __init__(
-        self, quant_method: str = "resq", format_version: int = FORMAT_VERSION, manifest: str = MANIFEST_FILE, **extra: Any
+        self,
+        quant_method: str = "resq",
+        format_version: int = FORMAT_VERSION,
+        manifest: str = MANIFEST_FILE,
+        **extra: Any,
     ) -> None:
-        self.quant_method, self.format_version, self.manifest = quant_method, format_version, manifest
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue]  their enum is closed
+        self.format_version, self.manifest = format_version, manifest
         for key, value in extra.items():
             setattr(self, key, value)
 
@@ -85,7 +90,9 @@ class Shared:
         starts = torch.where(seen, slot, length).amin(dim=(1, 2)).clamp(max=length - 1)
         allowed = (slot <= query[:, None])[None] & (slot[None, None] >= starts[:, None, None])
         if not torch.equal(seen, allowed & real[:, :, None]):
-            raise InputError("the attention mask is not causal with padding at one end; pad on the left, one text per row")
+            raise InputError(
+                "the attention mask is not causal with padding at one end; pad on the left, one text per row"
+            )
         self._mask, self._starts = weakref.ref(mask), starts if bool(starts.any()) else None
         return self._starts
 
@@ -165,7 +172,7 @@ def layer_cache(cache: Any, index: int, make: Callable[[], LayerCache]) -> Layer
         raise InputError(f"{type(cache).__name__} cannot hold packed keys and values; use the default cache")
     while len(cache.layers) <= index:
         cache.layers.append(ResQCacheLayer(make))
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if not isinstance(layer, ResQCacheLayer):
         if layer.is_initialized and layer.get_seq_length() > 0:
             raise InputError("this cache already holds keys and values of another model; start with an empty one")
@@ -282,12 +289,12 @@ class ResQQuantizer(HfQuantizer):
         config._attn_implementation = "sdpa"
         return config
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         """Saving is refused with the way that works."""
         raise InputError("a packed checkpoint is saved by copying its directory; save_pretrained would lose it")
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> bool:  # pyright: ignore
         """Integers take no gradients."""
         return False
 
@@ -297,7 +304,9 @@ class ResQQuantizer(HfQuantizer):
         self._directory = _with_manifest(Path(checkpoint_files[0]), model.config.name_or_path)
         architecture = architecture_for(model.config.model_type)
         if model.get_output_embeddings() is None or not type(model).__name__.endswith("ForCausalLM"):
-            raise InputError(f"{type(model).__name__} cannot be loaded from a packed checkpoint; use AutoModelForCausalLM")
+            raise InputError(
+                f"{type(model).__name__} cannot be loaded from a packed checkpoint; use AutoModelForCausalLM"
+            )
         shape = architecture.shape(model.config.to_dict())
         shared = Shared(shape, REFERENCE)
         model.set_submodule(architecture.embed, _Embedding(shared))
@@ -313,7 +322,7 @@ class ResQQuantizer(HfQuantizer):
         model._keys_to_ignore_on_load_unexpected = {r".*"}
         model._no_split_modules = {ResQDecoderLayer.__name__}
 
-    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         assert self._directory is not None
         architecture = architecture_for(model.config.model_type)
         reader = CheckpointReader(self._directory)
@@ -328,6 +337,7 @@ class ResQQuantizer(HfQuantizer):
         # model.device and model.dtype ask the parameters; the norm's place is free.
         anchor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
         model.get_submodule(architecture.final_norm).anchor = anchor
+        return model
 
 
 def _with_manifest(file: Path, name: str) -> Path:

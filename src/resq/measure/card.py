@@ -12,8 +12,8 @@ tags: [resq, int4, w4a4kv4]
 ---
 # {name}
 
-`{source}` with weights, activations and KV cache quantized by [ResQ](https://arxiv.org/abs/2412.14363), recipe `{recipe}`,
-in packed integers. Plain transformers cannot run it: install `resq-llm` and **import resq first**.
+`{source}` with weights, activations and KV cache quantized by [ResQ](https://arxiv.org/abs/2412.14363), recipe
+`{recipe}`, in packed integers. Plain transformers cannot run it: install `resq-llm` and **import resq first**.
 
 ```python
 import resq
@@ -52,7 +52,8 @@ def model_card(header: Mapping[str, Any], name: str) -> str:
     recipe, source, calibration = header["recipe"], header["source"], header["calibration"]
     words = "none"
     if calibration is not None:
-        words = f"{calibration.windows} windows of {calibration.window_length} tokens, {calibration.rounding_windows} for rounding"
+        words = f"{calibration.windows} windows of {calibration.window_length} tokens"
+        words += f", {calibration.rounding_windows} for rounding"
     return TEMPLATE.format(
         name=name,
         source=source.name,
@@ -61,5 +62,8 @@ def model_card(header: Mapping[str, Any], name: str) -> str:
         rounding=recipe.rounding,
         calibration=words,
         seed=recipe.seed,
-        **{key: recipe.precision[key] for key in ("weights", "inputs", "down_weights", "down_inputs", "key", "value", "head")},
+        **{
+            key: recipe.precision[key]
+            for key in ("weights", "inputs", "down_weights", "down_inputs", "key", "value", "head")
+        },
     )

@@ -69,7 +69,15 @@ def evaluate(
         if first is not None and first[0] == digest:
             interval = paired_interval(losses, first[1])
             ratio = float(torch.tensor(interval.mean).double().exp())
-            row = Row(**{**vars(row), "ratio": ratio, "delta": interval.mean, "delta_low": interval.low, "delta_high": interval.high})
+            row = Row(
+                **{
+                    **vars(row),
+                    "ratio": ratio,
+                    "delta": interval.mean,
+                    "delta_low": interval.low,
+                    "delta_high": interval.high,
+                }
+            )
         elif first is None:
             first = (digest, losses)
         rows.append(row)

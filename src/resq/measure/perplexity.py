@@ -73,7 +73,9 @@ def window_nll(model: Streamed, windows: Tensor, progress: Progress = lambda don
     """
     shape, (count, length) = model.shape, windows.shape
     if length > shape.max_positions:
-        raise InputError(f"windows of {length} tokens are longer than the context of {model.name}, {shape.max_positions}")
+        raise InputError(
+            f"windows of {length} tokens are longer than the context of {model.name}, {shape.max_positions}"
+        )
     if length < 2:
         raise InputError(f"a window of {length} tokens predicts nothing; use at least 2")
     if int(windows.max()) >= shape.vocab:
@@ -104,7 +106,9 @@ def _losses(ops: Backend, ends: Ends, hidden: Tensor, tokens: Tensor, vocab: int
     targets = tokens[:, 1:].reshape(-1)
     states = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
     parts = [
-        F.cross_entropy(decoder.logits(ops, ends, states[:, at : at + rows])[0].float(), targets[at : at + rows], reduction="none")
+        F.cross_entropy(
+            decoder.logits(ops, ends, states[:, at : at + rows])[0].float(), targets[at : at + rows], reduction="none"
+        )
         for at in range(0, states.shape[1], rows)
     ]
     return torch.cat(parts).view(tokens.shape[0], -1).mean(dim=1, dtype=torch.float64)

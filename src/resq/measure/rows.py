@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 
-import resq
+from resq._version import __version__
 
 
 def provenance() -> dict[str, Any]:
     """Commit (with `+` when the tree has changes), versions, machine, threads and command of this process."""
     return {
         "commit": _commit(),
-        "resq": resq.__version__,
+        "resq": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": _processor(),
@@ -47,8 +47,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def _commit() -> str:
     here = Path(__file__).parent
     try:
-        name = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True)
+        name = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(
+            ["git", "status", "--porcelain", "-uno"], cwd=here, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")

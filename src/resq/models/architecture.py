@@ -119,7 +119,9 @@ class Architecture:
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
-            raise InputError(f"{heads} query heads cannot share {kv_heads} key/value heads; the second must divide the first")
+            raise InputError(
+                f"{heads} query heads cannot share {kv_heads} key/value heads; the second must divide the first"
+            )
         return Shape(
             hidden=config["hidden_size"],
             layers=config["num_hidden_layers"],

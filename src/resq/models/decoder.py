@@ -63,7 +63,8 @@ class Positions:
         """The `tokens` slots after `past`; a row's position 0 is its first valid slot."""
         slots = torch.arange(past, past + tokens)[None].expand(batch, -1)
         positions = slots if starts is None else (slots - starts[:, None]).clamp(min=0)
-        return cls(*shape.rope.tables(positions), starts)
+        cos, sin = shape.rope.tables(positions)
+        return cls(cos, sin, starts)
 
 
 def attention_input(ops: Backend, layer: Layer, hidden: Tensor) -> Any:
@@ -129,7 +130,7 @@ def forward(
     caches: one per layer, appended to; starts int64 [b]: first valid slot of each left-padded row.
     """
     past = caches[0].length if caches else 0
-    at = Positions.following(shape, past, *tokens.shape, starts)
+    at = Positions.following(shape, past, tokens.shape[0], tokens.shape[1], starts)
     hidden = embed(ops, ends, tokens)
     for index, layer in enumerate(layers):
         hidden = forward_layer(ops, shape, layer, hidden, at, caches[index] if caches else None)

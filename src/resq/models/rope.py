@@ -21,7 +21,7 @@ class Rope:
     factor: float = 1.0
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin float32 [b, t, h] in the half-split form, from angles taken in float64; positions int64 [b, t]."""
+        """cos and sin float32 [b, t, h], half-split, from angles taken in float64; positions int64 [b, t]."""
         angles = positions.to(torch.float64)[..., None] * torch.tensor(self.frequencies, dtype=torch.float64)
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.factor).to(torch.float32), (angles.sin() * self.factor).to(torch.float32)

@@ -32,7 +32,9 @@ def locate(source: str | Path) -> Path:
         return path
     text = str(source)
     if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
-        raise InputError(f"no checkpoint directory at {text}; give a directory with config.json or a hub id like org/name")
+        raise InputError(
+            f"no checkpoint directory at {text}; give a directory with config.json or a hub id like org/name"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -40,7 +42,9 @@ def locate(source: str | Path) -> Path:
         return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{text} is neither a local directory nor a hub model that can be fetched: {reason}") from error
+        raise InputError(
+            f"{text} is neither a local directory nor a hub model that can be fetched: {reason}"
+        ) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -55,10 +59,16 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
         raise InputError(f"{file} names no model_type; give a Hugging Face checkpoint directory")
     architecture_for(raw["model_type"])
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     # What transformers fills in is its business; fields it does not know stay as given.
-    known = AutoConfig.for_model(**{key: value for key, value in raw.items() if key != "quantization_config"}).to_dict()
+    given = {key: value for key, value in raw.items() if key != "quantization_config"}
+    try:
+        known = AutoConfig.for_model(**given).to_dict()
+    except (StrictDataclassError, ValueError, TypeError, LookupError, ArithmeticError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise InputError(f"transformers cannot read {file}: {reason}") from error
     return {**raw, **known}
 
 
@@ -71,8 +81,8 @@ class Source:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self.config = read_config(path)
-        if "quantization_config" in json.loads((path / "config.json").read_text(encoding="utf-8")):
-            method = self.config["quantization_config"].get("quant_method")
+        if quantized := json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise InputError(f"{name} is already quantized ({method}); give the 16- or 32-bit original")
         self.architecture: Architecture = architecture_for(self.config["model_type"])
         self.shape: Shape = self.architecture.shape(self.config)
@@ -89,21 +99,30 @@ class Source:
         index_file = self.path / "model.safetensors.index.json"
         single = self.path / "model.safetensors"
         if index_file.is_file():
-            index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+            try:
+                index = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
+            except (ValueError, TypeError, KeyError) as error:
+                raise InputError(f"{index_file} is not an index of safetensors ({error!r}); fetch it again") from error
             missing = sorted({file for file in index.values() if not (self.path / file).is_file()})
             if missing:
-                raise InputError(f"{self.name} lacks {missing[0]}, named in model.safetensors.index.json; fetch it again")
+                raise InputError(
+                    f"{self.name} lacks {missing[0]}, named in model.safetensors.index.json; fetch it again"
+                )
             return index
         if single.is_file():
             return dict.fromkeys(self._open(single.name).keys(), single.name)
-        raise InputError(f"{self.name} has no model.safetensors or model.safetensors.index.json; convert it to safetensors")
+        raise InputError(
+            f"{self.name} has no model.safetensors or model.safetensors.index.json; convert it to safetensors"
+        )
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
             try:
                 self._files[file] = safe_open(self.path / file, framework="pt")
             except SafetensorError as error:
-                raise InputError(f"{self.path / file} is not a whole safetensors file ({error}); fetch it again") from error
+                raise InputError(
+                    f"{self.path / file} is not a whole safetensors file ({error}); fetch it again"
+                ) from error
         return self._files[file]
 
     @property
@@ -133,13 +152,17 @@ class Source:
         """One tensor in its stored dtype. Raises InputError when it is missing, of another shape or dtype, or not
         finite; the message names it."""
         if name not in self.index:
-            raise InputError(f"{self.name} has no tensor {name}; its config.json and its weights do not belong together")
+            raise InputError(
+                f"{self.name} has no tensor {name}; its config.json and its weights do not belong together"
+            )
         value = self._open(self.index[name]).get_tensor(name)
         if tuple(value.shape) != shape:
             raise InputError(f"tensor {name} has shape {tuple(value.shape)}, its config.json says {shape}")
         if value.dtype not in SOURCE_DTYPES:
             accepted = ", ".join(SOURCE_DTYPES.values())
-            raise InputError(f"tensor {name} has dtype {str(value.dtype).removeprefix('torch.')}; accepted are {accepted}")
+            raise InputError(
+                f"tensor {name} has dtype {str(value.dtype).removeprefix('torch.')}; accepted are {accepted}"
+            )
         if not torch.isfinite(value).all():
             raise InputError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, fetch it again")
         return value
@@ -160,7 +183,9 @@ class Source:
         linears = {}
         for role, (out, inner) in self.shape.sizes().items():
             name = self.linear_name(index, role)
-            linears[role] = DenseLinear(self.tensor(f"{name}.weight", (out, inner)), self._optional(f"{name}.bias", (out,)))
+            linears[role] = DenseLinear(
+                self.tensor(f"{name}.weight", (out, inner)), self._optional(f"{name}.bias", (out,))
+            )
         norms = {
             point: Norm(self.shape.eps, self.tensor(f"{self.layer_prefix(index)}.{name}.weight", (self.shape.hidden,)))
             for point, name in self.architecture.norms.items()
@@ -185,10 +210,9 @@ class Source:
         count = 0
         for file in self.shards:
             handle = self._open(file)
-            for name in handle.keys():
+            for name in handle.keys():  # noqa: SIM118  a safetensors handle is no dict
                 size = 1
                 for extent in handle.get_slice(name).get_shape():
                     size *= extent
                 count += size
         return count
-

@@ -19,7 +19,9 @@ from resq.errors import InputError
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint directory. Raises InputError when it has none."""
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the model's there")
+        raise InputError(
+            f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the model's there"
+        )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers import AutoTokenizer
 
@@ -34,7 +36,9 @@ def read_documents(file: Path, tokenizer: Any) -> list[str]:
     """The documents of a file: a text file is one; each line of a .jsonl holds `text`, or `messages` to which the
     model's chat template is applied. Raises InputError naming file and line."""
     if not file.is_file():
-        raise InputError(f"no text at {file}; give a UTF-8 text file, or a .jsonl with `text` or `messages` in each line")
+        raise InputError(
+            f"no text at {file}; give a UTF-8 text file, or a .jsonl with `text` or `messages` in each line"
+        )
     try:
         content = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -42,7 +46,7 @@ def read_documents(file: Path, tokenizer: Any) -> list[str]:
     if file.suffix != ".jsonl":
         return [content]
     documents = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -96,7 +100,9 @@ def all_windows(file: Path, tokenizer: Any, length: int, *, wikitext: bool = Fal
     tokens = tokenize(documents, tokenizer)
     count = len(tokens) // length
     if count < 1:
-        raise InputError(f"{file} has {len(tokens)} tokens, fewer than one window of {length}; give more text or a shorter window")
+        raise InputError(
+            f"{file} has {len(tokens)} tokens, fewer than one window of {length}; give more text or a shorter window"
+        )
     return Windows(tokens[: count * length].view(count, length), str(file))
 
 
@@ -108,11 +114,12 @@ def sampled_windows(files: Sequence[Path], tokenizer: Any, *, count: int, length
     tokens = tokenize([document for file in files for document in read_documents(file, tokenizer)], tokenizer)
     available = len(tokens) // length
     names = ", ".join(str(file) for file in files)
+    if available < 1:
+        raise InputError(f"{names} has {len(tokens)} tokens, fewer than one window of {length}; give more text")
     if available < count:
         raise InputError(
             f"{names} has {len(tokens)} tokens, {available} windows of {length}, but {count} were asked for; "
-            f"use --windows {available} or give more text" if available else
-            f"{names} has {len(tokens)} tokens, fewer than one window of {length}; give more text or a shorter window"
+            f"use --windows {available} or give more text"
         )
     generator = torch.Generator().manual_seed(seed)
     shift = int(torch.randint(len(tokens) - available * length + 1, (), generator=generator))

@@ -44,8 +44,10 @@ def asymmetric(x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -
 
     x float32 [..., n], finite -> q uint8 [..., n], scale float32 [...] (already rounded to `scale_dtype`), zero uint8
     [...]. The range always includes zero, so 0 ≤ z ≤ 2^b - 1 and a zero coordinate is exact. Halves round to even.
-    Every step is one IEEE float32 operation and division is by a rounded reciprocal (x · (1 / s)), so that a kernel
-    can repeat it bit for bit. A row whose scale would have no finite reciprocal quantizes to zeros with scale 1.
+    Every step is one IEEE float32 operation, divisions are products with a rounded reciprocal (float32(1 / (2^b - 1)),
+    1 / s) and no product is followed by a sum, so that a kernel on any device can repeat it bit for bit, contracting or
+    not. A row whose scale would have no finite reciprocal quantizes to zeros with scale 1; one wider than the largest
+    float32 is clamped to that width.
     """
     top = 2**bits - 1
     if x.shape[-1] == 0:
@@ -53,8 +55,9 @@ def asymmetric(x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -
     x = x.to(torch.float32)
     low = x.amin(dim=-1).clamp(max=0.0)
     high = x.amax(dim=-1).clamp(min=0.0)
-    # Dividing before subtracting keeps the difference finite when both ends are near the float32 limit.
-    scale = high / top - low / top
+    # One float32 constant: a division by a Python number is a product with a reciprocal on some devices only.
+    reciprocal = torch.tensor(1.0 / top, dtype=torch.float32, device=x.device)
+    scale = (high - low).clamp(max=torch.finfo(torch.float32).max) * reciprocal
     if scale_dtype != torch.float32:
         scale = scale.clamp(max=FLOAT16_MAX).to(scale_dtype).to(torch.float32)
     scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, torch.ones_like(scale))

@@ -29,8 +29,9 @@ class ActivationFormat:
     map_input_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.bands is not None and any(band.size % self.groups for band in self.bands):
-            raise InputError(f"bands {self.bands.pairs} cannot be cut into {self.groups} equal groups")
+        if self.groups < 1 or (self.bands is not None and any(band.size % self.groups for band in self.bands)):
+            pairs = None if self.bands is None else self.bands.pairs
+            raise InputError(f"bands {pairs} cannot be cut into {self.groups} equal groups")
         if self.scale_dtype not in (torch.float32, torch.float16):
             raise InputError(f"scales are float32 or float16, got {self.scale_dtype}")
 

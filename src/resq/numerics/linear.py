@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from resq.errors import InputError
+from resq.numerics.affine import symmetric_limits
 from resq.numerics.bands import Bands
 from resq.numerics.packing import pack, packed_bytes, unpack_signed
 
@@ -47,11 +48,21 @@ class PackedLinear:
                 f"packed weights {got} with scales {tuple(self.scale.shape)} do not fit bands {self.bands.pairs}: "
                 f"expected {want} and {(out, len(self.bands))}"
             )
+        if self.bias is not None and tuple(self.bias.shape) != (out,):
+            raise InputError(f"a linear of {out} outputs needs a bias of shape {(out,)}, got {tuple(self.bias.shape)}")
 
     @classmethod
     def from_integers(cls, integers: Tensor, scale: Tensor, bands: Bands, bias: Tensor | None = None) -> PackedLinear:
         """Pack signed integers [out, in] (any dtype holding them exactly) with scale [out, bands]."""
+        # Rows one value short can pack into the right number of bytes, so the packed shapes do not tell.
+        if integers.shape[-1] != bands.size:
+            raise InputError(f"bands cover {bands.size} coordinates, the integers have {integers.shape[-1]}")
         q = integers.to(torch.int8)
+        for index, (band, cut) in enumerate(zip(bands, bands.slices(), strict=True)):
+            low, high = symmetric_limits(band.bits)
+            part = integers[:, cut]
+            if part.numel() and not (low <= part.min() and part.max() <= high):
+                raise InputError(f"integers of band {index} leave {low} … {high}, the range of {band.bits} bits")
         parts = tuple(pack(q[:, cut], band.bits) for band, cut in zip(bands, bands.slices(), strict=True))
         return cls(bands, parts, scale.to(torch.float32), None if bias is None else bias.to(torch.float32))
 

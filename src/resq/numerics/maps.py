@@ -39,9 +39,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class PerHead:
-    """One orthogonal map per head: x' = x · blkdiag(M[head], …); matrices [heads, h, h], x [..., heads·h]."""
+    """One orthogonal map per head, then a factor per coordinate: x' = (x · blkdiag(M[head], …)) · scales.
+
+    matrices [heads, h, h], x [..., heads·h]; scales [heads, h] or None for ones.
+    """
 
     matrices: Tensor
+    scales: Tensor | None = None
     kind: ClassVar[str] = "per_head"
 
     @property
@@ -51,14 +55,22 @@ class PerHead:
 
     def repeated(self, times: int) -> PerHead:
         """The map of `times` query heads per kv head: head j uses matrix j // times."""
-        return PerHead(self.matrices.repeat_interleave(times, dim=0))
+        scales = None if self.scales is None else self.scales.repeat_interleave(times, dim=0)
+        return PerHead(self.matrices.repeat_interleave(times, dim=0), scales)
+
+    def _turn(self, x: Tensor) -> Tensor:
+        heads, size = self.matrices.shape[:2]
+        return torch.einsum("...ki,kij->...kj", x.unflatten(-1, (heads, size)), self.matrices.to(x.dtype))
 
     def apply(self, x: Tensor) -> Tensor:
-        """x blkdiag(M), [..., heads·h] in x.dtype."""
-        heads, size = self.matrices.shape[:2]
-        return torch.einsum("...ki,kij->...kj", x.unflatten(-1, (heads, size)), self.matrices.to(x.dtype)).flatten(-2)
+        """x blkdiag(M) diag(scales), [..., heads·h] in x.dtype."""
+        turned = self._turn(x)
+        return (turned if self.scales is None else turned * self.scales.to(x.dtype)).flatten(-2)
 
-    dual = apply
+    def dual(self, w: Tensor) -> Tensor:
+        """w blkdiag(M) diag(1 / scales)."""
+        turned = self._turn(w)
+        return (turned if self.scales is None else turned / self.scales.to(w.dtype)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,8 @@ def describe(map: LinearMap) -> tuple[dict[str, Any], dict[str, Tensor]]:
         case Dense():
             return {"kind": map.kind, "size": map.size, "orthogonal": map.orthogonal}, {"matrix": map.matrix}
         case PerHead():
+            if map.scales is not None:
+                raise InputError("a per-head map with scales is folded into weights and has no stored form")
             return {"kind": map.kind, "size": map.size, "heads": map.matrices.shape[0]}, {"matrix": map.matrices}
         case Permutation():
             return {"kind": map.kind, "size": map.size}, {"index": map.index.to(torch.int32)}
@@ -137,12 +151,12 @@ def restore(parameters: dict[str, Any], tensors: dict[str, Tensor]) -> LinearMap
         if tuple(index.shape) != (size,) or not torch.equal(index.sort().values, torch.arange(size)):
             raise InputError(f"the stored permutation is not one of {size} coordinates")
         return Permutation(index)
-    matrix = tensors["matrix"]
+    matrix = tensors.get("matrix", torch.empty(0))
     if kind == Dense.kind and tuple(matrix.shape) == (size, size):
         return Dense(matrix, parameters["orthogonal"])
-    if kind == PerHead.kind:
-        heads = parameters["heads"]
-        if tuple(matrix.shape) == (heads, size // heads, size // heads):
+    if kind == PerHead.kind and matrix.ndim == 3:
+        heads, head_size = parameters["heads"], matrix.shape[-1]
+        if tuple(matrix.shape) == (heads, head_size, head_size) and heads * head_size == size:
             return PerHead(matrix)
     raise InputError(f"no linear map of kind {kind!r} and size {size} fits a matrix of shape {tuple(matrix.shape)}")
 

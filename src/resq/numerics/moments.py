@@ -33,7 +33,7 @@ class MomentSum:
 
     def add_moment(self, moment: Tensor, rows: int) -> None:
         """Add the next window's moment (float64, summed over `rows` rows)."""
-        self._leaf = moment if self._leaf is None else self._leaf.add_(moment)
+        self._leaf = moment.clone() if self._leaf is None else self._leaf.add_(moment)
         self.rows += rows
         self.next_window += 1
         if self.next_window % LEAF_WINDOWS == 0:

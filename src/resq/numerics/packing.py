@@ -65,6 +65,6 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def unpack_signed(packed: Tensor, bits: int, count: int) -> Tensor:
-    """Two's-complement values: uint8 [..., ceil(count·bits / 8)] -> int8 [..., count] in -2^(bits-1) … 2^(bits-1) - 1."""
+    """Two's-complement values in -2^(bits-1) … 2^(bits-1) - 1: uint8 [..., bytes] -> int8 [..., count]."""
     shift = 8 - bits
     return (unpack(packed, bits, count) << shift).view(torch.int8) >> shift

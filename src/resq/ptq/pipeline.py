@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor
 from resq.backends.backend import Backend
 from resq.backends.reference import dense
 from resq.checkpoint.files import CheckpointWriter, EndParts, Parts
+from resq.errors import InputError
 from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role, Shape
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
-from resq.numerics.formats import Norm
+from resq.numerics.formats import HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
 from resq.numerics.moments import MomentSum
@@ -83,7 +84,7 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     for index in range(shape.layers):
         layer = placement.layer(source.layer(index), index)
         stored = round_layer(ops, shape, layer, recipe, hidden, reports, index, progress)
-        parts = Parts(stored.linears, stored.norms, stored.inputs, stored.heads, stored.window)
+        parts = Parts({**stored.linears}, {**stored.norms}, {**stored.inputs}, stored.heads, stored.window)
         writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
     return reports
 
@@ -105,7 +106,8 @@ def round_layer(
     activations nor cache rounded. `hidden` is empty when the rounding needs no moments.
     """
     run = in_dtype(layer, ops.dtype)
-    stored = replace(layer, linears=dict(layer.linears), norms={p: _stored_norm(n) for p, n in layer.norms.items()})
+    norms = {point: _stored_norm(norm) for point, norm in layer.norms.items()}
+    stored = replace(layer, linears=dict(layer.linears), norms=norms, heads=_stored_heads(layer.heads))
     at = Positions.following(shape, 0, 1, hidden[0].shape[1]) if hidden else None
     steps = shape.layers * len(READERS)
 
@@ -115,7 +117,8 @@ def round_layer(
             bands = recipe.precision.weight_bands(role, point, shape)
             started = time.perf_counter()
             if bands is None:
-                stored.linears[role] = DenseLinear(weight.to(torch.float16), bias)
+                wide = None if bias is None else bias.to(torch.float32)
+                stored.linears[role] = DenseLinear(weight.to(sixteen_bit(weight)), wide)
                 rounded, damping = stored.linears[role].weight.to(torch.float64), None
             else:
                 result = recipe.rounding(weight, moment, bands, bias)
@@ -134,7 +137,8 @@ def round_layer(
             total.add(x[0])
         return total.total()
 
-    def streamed_moment(form) -> Tensor | None:  # noqa: ANN001  a window's number -> its input, made and dropped
+    def streamed_moment(form: Callable[[int], Tensor]) -> Tensor | None:
+        # A window's number -> its input, made and dropped.
         if at is None:
             return None
         total = MomentSum()
@@ -160,8 +164,7 @@ def round_layer(
     round_group(Point.DOWN_IN, streamed_moment(mlp_hidden))
     for number in range(len(hidden)):
         hidden[number] = hidden[number] + ops.linear(mlp_hidden(number), run.linears[Role.DOWN])
-    if hidden:
-        check_finite(hidden[-1], index)
+    check_finite(hidden, index)
     return stored
 
 
@@ -177,23 +180,31 @@ def relative_error(weight: Tensor, rounded: Tensor, moment: Tensor | None) -> fl
 def check_sizes(precision: Precision, shape: Shape) -> None:
     """Raises InputError before any work when some dimension cannot be cut as the recipe asks."""
     for point, roles in READERS.items():
-        precision.input_bands(point, shape)
+        inputs = precision.input_bands(point, shape)
         for role in roles:
-            precision.weight_bands(role, point, shape)
+            weights = precision.weight_bands(role, point, shape)
+            if inputs is None or weights is None:
+                continue
+            outer, inner = ({cut.start for cut in bands.slices()} for bands in (inputs, weights))
+            per_head = precision.output_per_head and point is Point.O_IN
+            if not outer <= inner or (per_head and outer != inner):
+                raise InputError(
+                    f"weights of {role} are cut into {weights.pairs}, its inputs into {inputs.pairs}; integers can be "
+                    f"summed only where weights are cut wherever inputs are{', and nowhere else' if per_head else ''}"
+                )
     precision.head_bands(precision.key, shape)
     precision.head_bands(precision.value, shape)
 
 
 def store_ends(ends: decoder.Ends, source: Source, precision: Precision, *, keep_tied: bool) -> EndParts:
     """Placed float64 ends as they are written: tables in 16 bit, the head in the precision asked for."""
-    dtype = sixteen_bit(ends.embed, source)
-    embed = ends.embed.to(dtype)
+    embed = ends.embed.to(sixteen_bit(ends.embed, source.dtype))
     head: Linear
     head_input = ends.head_input
     if keep_tied:
         head = DenseLinear(embed)
     elif precision.head is None:
-        head = DenseLinear(ends.head.weight.to(sixteen_bit(ends.head.weight, source)))
+        head = DenseLinear(ends.head.weight.to(sixteen_bit(ends.head.weight, source.dtype)))
     else:
         bands = precision.head.bands(source.shape.hidden)
         head = Nearest()(ends.head.weight, None, bands, None).linear
@@ -203,15 +214,24 @@ def store_ends(ends: decoder.Ends, source: Source, precision: Precision, *, keep
     return EndParts(embed, _stored_norm(ends.norm), head_input, head, keep_tied)
 
 
-def sixteen_bit(table: Tensor, source: Source) -> torch.dtype:
-    """The source's own 16-bit dtype; a float32 source is stored as float16 unless a value is out of its range."""
-    if source.dtype == "bfloat16" or float(table.abs().max()) > torch.finfo(torch.float16).max:
+def sixteen_bit(table: Tensor, source_dtype: str = "float16") -> torch.dtype:
+    """bfloat16 for a bfloat16 source and where a value is out of float16's range, else float16: more digits."""
+    if source_dtype == "bfloat16" or float(table.abs().max()) > torch.finfo(torch.float16).max:
         return torch.bfloat16
     return torch.float16
 
 
 def _stored_norm(norm: Norm) -> Norm:
     return Norm(norm.eps, None if norm.gain is None else norm.gain.to(torch.float32))
+
+
+def _stored_heads(heads: HeadFormats) -> HeadFormats:
+    """The query and key map, one tensor for both, in the activations' float32."""
+    turn = heads.query.map
+    if not isinstance(turn, Dense):
+        return heads
+    turn = replace(turn, matrix=turn.matrix.to(torch.float32))
+    return replace(heads, query=replace(heads.query, map=turn), key=replace(heads.key, map=turn))
 
 
 def _layer_names(source: Source) -> Mapping[str, str]:
@@ -221,4 +241,3 @@ def _layer_names(source: Source) -> Mapping[str, str]:
 def _end_names(source: Source) -> Mapping[str, str]:
     architecture = source.architecture
     return {"embed": architecture.embed, "norm": architecture.final_norm, "head": architecture.head}
-

@@ -11,6 +11,7 @@ from torch import Tensor
 from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.decoder import Ends, Layer
 from resq.numerics.affine import round_symmetric, symmetric_scale
+from resq.numerics.bands import Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense, LinearMap, PerHead, as_reader, as_writer
@@ -59,14 +60,12 @@ class Placement:
     def _heads(self, index: int) -> HeadFormats:
         turn, bits = self.map_at(Site.QUERY_KEY, index), self.precision.rotation_bits
         if isinstance(turn, Dense):
-            matrix = turn.matrix.to(torch.float32)
             if bits is not None:
-                matrix = rounded_matrix(matrix, bits)
-            turn = Dense(matrix, orthogonal=bits is None)
+                turn = Dense(rounded_matrix(turn.matrix.to(torch.float32), bits), orthogonal=False)
         else:
             bits = None
 
-        def stored(bands, map: LinearMap | None = None, bits: int | None = None) -> ActivationFormat:  # noqa: ANN001
+        def stored(bands: Bands | None, map: LinearMap | None = None, bits: int | None = None) -> ActivationFormat:
             return ActivationFormat(map, bands, scale_dtype=torch.float16, map_input_bits=bits)
 
         return HeadFormats(
@@ -107,7 +106,10 @@ def in_float64(layer: Layer) -> Layer:
         return None if x is None else x.to(torch.float64)
 
     return Layer(
-        {role: DenseLinear(linear.weight.to(torch.float64), wide(linear.bias)) for role, linear in layer.linears.items()},
+        {
+            role: DenseLinear(linear.weight.to(torch.float64), wide(linear.bias))
+            for role, linear in layer.linears.items()
+        },
         {point: Norm(norm.eps, wide(norm.gain)) for point, norm in layer.norms.items()},
         layer.heads,
         layer.inputs,
@@ -123,7 +125,9 @@ def fold_norms(layer: Layer) -> Layer:
         if norm.gain is not None:
             for role in READERS[point]:
                 linears[role] = DenseLinear(linears[role].weight * norm.gain, linears[role].bias)
-    return Layer(linears, {point: Norm(norm.eps) for point, norm in wide.norms.items()}, wide.heads, wide.inputs, wide.window)
+    return Layer(
+        linears, {point: Norm(norm.eps) for point, norm in wide.norms.items()}, wide.heads, wide.inputs, wide.window
+    )
 
 
 def rounded_matrix(matrix: Tensor, bits: int) -> Tensor:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -189,9 +189,11 @@ class Rounded:
 class Rounding(Protocol):
     """Weights to integers: W float64 [out, in], the second moment of its inputs (if `needs_moment`), bands."""
 
-    needs_moment: bool
+    needs_moment: ClassVar[bool]
 
-    def __call__(self, weight: Tensor, moment: Tensor | None, bands: Bands, bias: Tensor | None) -> Rounded: ...
+    def __call__(self, weight: Tensor, moment: Tensor | None, bands: Bands, bias: Tensor | None) -> Rounded:
+        """The packed linear."""
+        ...
 
 
 @dataclass(frozen=True)

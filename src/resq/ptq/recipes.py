@@ -24,7 +24,7 @@ RTN = Recipe(
 
 RESQ = Recipe(
     name="resq",
-    basis=(pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY), GatherHeads(), HadamardBasis()),
+    basis=(pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY, balance_heads=True), GatherHeads(), HadamardBasis()),
     precision=Precision(),
     rounding=Gptq(),
     summary="4 bit with the top 1/8 PCA subspace in 8 bit, random rotations inside, GPTQ",
@@ -33,6 +33,7 @@ RESQ = Recipe(
 RESQ_PAPER = replace(
     RESQ,
     name="resq-paper",
+    basis=(pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY), GatherHeads(), HadamardBasis()),
     precision=replace(RESQ.precision, output_per_head=True, rotation_bits=8),
     summary="resq as the authors' simulation does it: o_proj input ranged per head, 8-bit query/key rotation",
 )

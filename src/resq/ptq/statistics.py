@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,18 +27,22 @@ def in_dtype(layer: Layer, dtype: torch.dtype) -> Layer:
     def cast(linear: DenseLinear) -> DenseLinear:
         return DenseLinear(linear.weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
 
-    return Layer({role: cast(linear) for role, linear in layer.linears.items()}, layer.norms, layer.heads, layer.inputs, layer.window)
+    return Layer(
+        {role: cast(linear) for role, linear in layer.linears.items()},
+        layer.norms,
+        layer.heads,
+        layer.inputs,
+        layer.window,
+    )
 
 
-def check_finite(hidden: Tensor, layer: int) -> None:
-    """Raises InputError naming the layer whose output overflowed."""
-    if not torch.isfinite(hidden).all():
+def check_finite(hidden: Sequence[Tensor], layer: int) -> None:
+    """Raises InputError naming the layer whose output overflowed in some window."""
+    if not all(torch.isfinite(window).all() for window in hidden):
         raise InputError(f"layer {layer} gives NaN or Inf on the calibration text; check the source model")
 
 
-def collect(
-    source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Statistic], progress: Progress
-) -> Moments:
+def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Statistic], progress: Progress) -> Moments:
     """Moments over windows tokens int64 [windows, length], one layer of the source in memory at a time.
 
     Windows are run one by one, so that no sum depends on a batch size.
@@ -55,23 +59,24 @@ def collect(
     keys: list[Tensor] = []
     for index in range(shape.layers):
         layer = in_dtype(fold_norms(source.layer(index)), ops.dtype)
-        attn_sum, mlp_sum, value_sum, key_sum = MomentSum(), MomentSum(), MomentSum(), MomentSum()
+        attn_sum, mlp_sum, value_sum, key_sum = (MomentSum() for _ in range(4))
         for number in range(count):
             x = decoder.attention_input(ops, layer, hidden[number])
             cache = ops.cache(layer.heads)
-            out = ops.linear(decoder.attention(ops, shape, layer, x, at, cache), layer.linears[Role.O])
-            middle = hidden[number] + out
+            out = decoder.attention(ops, shape, layer, x, at, cache)
+            middle = hidden[number] + ops.linear(out, layer.linears[Role.O])
             m = decoder.mlp_input(ops, layer, middle)
+            keys_seen, values_seen = cache.read()
             if Statistic.RESIDUAL in needs:
                 attn_sum.add(x[0])
                 mlp_sum.add(m[0])
             if Statistic.VALUE in needs:
-                value_sum.add(cache.values.read(ops.dtype)[0])
+                value_sum.add(values_seen[0])
             if Statistic.KEY in needs:
-                key_sum.add(cache.keys.read(ops.dtype)[0].flatten(0, 1))
+                key_sum.add(keys_seen[0].flatten(0, 1))
             hidden[number] = middle + ops.linear(decoder.mlp_hidden(ops, layer, m), layer.linears[Role.DOWN])
             progress("collecting moments", index * count + number + 1, shape.layers * count)
-        check_finite(hidden[-1], index)
+        check_finite(hidden, index)
         if Statistic.RESIDUAL in needs:
             both = attn_sum.total() + mlp_sum.total()
             residual = both if residual is None else residual + both

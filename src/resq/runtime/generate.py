@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,9 +40,13 @@ class Sampling:
 class Runnable(Protocol):
     """A model with a cache, as `continue_tokens` needs it."""
 
-    def cache(self) -> list: ...
+    def cache(self) -> list[Any]:
+        """An empty cache."""
+        ...
 
-    def __call__(self, tokens: Tensor, cache: list, *, last: bool) -> Tensor: ...
+    def __call__(self, tokens: Tensor, cache: list[Any], *, last: bool) -> Tensor:
+        """Logits [b, t, vocab]."""
+        ...
 
 
 def continue_tokens(

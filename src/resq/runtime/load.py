@@ -17,10 +17,12 @@ from resq.checkpoint.files import CheckpointReader, EndParts, Parts
 from resq.checkpoint.manifest import Manifest
 from resq.errors import CheckpointError, InputError
 from resq.models import decoder
-from resq.models.architecture import Point, Role, Shape, architecture_for
+from resq.models.architecture import READERS, Point, Role, Shape, architecture_for
 from resq.models.decoder import Ends, Layer
 from resq.models.source import read_config
 from resq.models.text import load_tokenizer
+from resq.numerics.bands import Bands
+from resq.numerics.linear import Linear, PackedLinear
 from resq.runtime.generate import Sampling, continue_tokens
 
 
@@ -31,6 +33,9 @@ def layer_from(parts: Parts, shape: Shape, file: str) -> Layer:
         if linear is None or linear.shape != size:
             found = "nothing" if linear is None else f"shape {linear.shape}"
             raise CheckpointError(f"{file}: {role} should have shape {size} by config.json, found {found}")
+    for point, roles in READERS.items():
+        for role in roles:
+            check_cuts(parts.inputs[point].bands, parts.linears[role], f"{file}: {role}")
     return Layer(
         {Role(role): linear for role, linear in parts.linears.items()},
         {Point(point): norm for point, norm in parts.norms.items()},
@@ -38,6 +43,18 @@ def layer_from(parts: Parts, shape: Shape, file: str) -> Layer:
         {Point(point): format for point, format in parts.inputs.items()},
         parts.window,
     )
+
+
+def check_cuts(inputs: Bands | None, linear: Linear, where: str) -> None:
+    """Every weight band must lie inside one band of the input. Raises CheckpointError."""
+    if inputs is None or not isinstance(linear, PackedLinear):
+        return
+    outer = [(cut.start, cut.stop) for cut in inputs.slices()]
+    for cut in linear.bands.slices():
+        if not any(start <= cut.start and cut.stop <= stop for start, stop in outer):
+            raise CheckpointError(
+                f"{where}: weight bands {linear.bands.pairs} cross the input's {inputs.pairs}; the manifest was altered"
+            )
 
 
 def ends_from(parts: EndParts, shape: Shape) -> Ends:
@@ -91,7 +108,9 @@ class Model:
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
             raise InputError(f"tokens are int64 [batch, tokens], got {tokens.dtype} of shape {tuple(tokens.shape)}")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.shape.vocab:
-            raise InputError(f"token ids must lie in 0 … {self.shape.vocab - 1}, got {int(tokens.min())} … {int(tokens.max())}")
+            raise InputError(
+                f"token ids must lie in 0 … {self.shape.vocab - 1}, got {int(tokens.min())} … {int(tokens.max())}"
+            )
         past = cache[0].length if cache else 0
         if past + tokens.shape[1] > self.shape.max_positions:
             raise InputError(
@@ -100,7 +119,9 @@ class Model:
             )
         return decoder.forward(self.backend, self.shape, self.ends, self.layers, tokens, cache, starts, last=last)
 
-    def stream(self, prompt: str | Tensor, *, max_new_tokens: int = 128, sampling: Sampling | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: str | Tensor, *, max_new_tokens: int = 128, sampling: Sampling | None = None
+    ) -> Iterator[str]:
         """Pieces of text as they are made; greedy unless `sampling` says otherwise. The prompt is not repeated."""
         tokens = self._encode(prompt)
         shown, ids = "", []
@@ -141,14 +162,18 @@ def load(directory: str | Path, *, backend: Backend = REFERENCE) -> Model:
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise InputError(f"no checkpoint directory at {directory}; make one with resq quantize SOURCE --out {directory}")
+        raise InputError(
+            f"no checkpoint directory at {directory}; make one with resq quantize SOURCE --out {directory}"
+        )
     if reason := backend.unusable():
         raise InputError(f"backend {backend.name} cannot be used here: {reason}")
     reader = CheckpointReader(directory)
     config = read_config(directory)
     shape = architecture_for(config["model_type"]).shape(config)
     if len(reader.manifest.layers) != shape.layers:
-        raise CheckpointError(f"{directory} holds {len(reader.manifest.layers)} layers, its config.json says {shape.layers}")
+        raise CheckpointError(
+            f"{directory} holds {len(reader.manifest.layers)} layers, its config.json says {shape.layers}"
+        )
     ends = ends_from(reader.ends(), shape).prepacked(backend)
     layers = []
     for index, entry in enumerate(reader.manifest.layers):

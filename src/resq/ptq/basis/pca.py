@@ -31,9 +31,13 @@ class Pca:
     """Eigenvectors of the uncentred second moment at each site, rotated inside the bands.
 
     residual: one U_A for the model; value: U_B per layer and kv head; query_key: U_C per layer, shared by its heads.
+    balance_heads: every kv head's values are scaled band by band so that all heads have the same power in each band.
+    o's input then has one range per token and band and no head is drowned by a louder one; the
+    factors fold into v and o, and the cache, ranged per head, does not see them.
     """
 
     on: tuple[Site, ...]
+    balance_heads: bool = False
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -54,8 +58,8 @@ class Pca:
             least = 2 * setting.shape.hidden
             if moments.tokens < least:
                 raise InputError(
-                    f"{moments.tokens} calibration tokens are too few for a basis of {setting.shape.hidden} coordinates; "
-                    f"at least {least} are needed: use more or longer windows"
+                    f"{moments.tokens} calibration tokens are too few for a basis of {setting.shape.hidden} "
+                    f"coordinates; at least {least} are needed: use more or longer windows"
                 )
             at = At(Site.RESIDUAL)
             assert moments.residual is not None
@@ -68,7 +72,11 @@ class Pca:
                 vectors = eigenbasis(moment)[1]
                 bands = setting.bands(at.site)
                 heads = [rotated(v, bands, setting.generator(at, head)) for head, v in enumerate(vectors)]
-                maps[at] = PerHead(torch.stack(heads))
+                turns = torch.stack(heads)
+                scales = None
+                if self.balance_heads:
+                    scales = balancing_scales(moment, turns, setting.bands(Site.ATTN_OUT))
+                maps[at] = PerHead(turns, scales)
         if Site.QUERY_KEY in self.on:
             assert moments.key is not None
             for layer, moment in enumerate(moments.key):
@@ -77,9 +85,24 @@ class Pca:
         return maps
 
     def __str__(self) -> str:
-        return f"pca({', '.join(self.on)})"
+        return f"pca({', '.join(self.on)}{', balanced heads' if self.balance_heads else ''})"
 
 
-def pca(*sites: Site) -> Pca:
+def balancing_scales(moment: Tensor, turns: Tensor, bands: Bands) -> Tensor:
+    """Factors [G, h], equal within a band: (geometric mean over heads of the band's power / the head's)^(1/2).
+
+    moment [G, h, h]: of each kv head's values; turns [G, h, h]: its orthogonal map. A silent head gets 1.
+    """
+    power = torch.einsum("gij,gik,gkj->gj", turns, moment, turns)
+    scales = torch.ones_like(power)
+    for cut in bands.slices():
+        band = power[:, cut].mean(dim=1, keepdim=True)
+        heard = band > 0
+        if heard.any():
+            scales[:, cut] = torch.where(heard, (band[heard].log().mean().exp() / band).sqrt(), 1.0)
+    return scales
+
+
+def pca(*sites: Site, balance_heads: bool = False) -> Pca:
     """`pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY)`."""
-    return Pca(sites)
+    return Pca(sites, balance_heads)

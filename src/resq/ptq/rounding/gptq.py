@@ -40,7 +40,9 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
             if not failed:
                 return upper, damping
         damping *= DAMPING_STEP
-    raise InputError(f"the calibration moment cannot be factorized even with damping {damping / DAMPING_STEP:g}; use more windows")
+    raise InputError(
+        f"the calibration moment cannot be factorized even with damping {damping / DAMPING_STEP:g}; use more windows"
+    )
 
 
 @dataclass(frozen=True)

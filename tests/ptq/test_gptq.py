@@ -1,0 +1,227 @@
+"""GPTQ in blocks is GPTQ, it lowers the output error on correlated inputs, and it says what it could not factorize."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from resq.errors import InputError
+from resq.numerics.affine import symmetric_limits, symmetric_scale
+from resq.numerics.bands import Bands
+from resq.ptq.rounding.gptq import Gptq, inverse_factor
+from resq.ptq.rounding.nearest import Nearest, scales
+
+CUTS = {
+    "one-band": Bands.of((4, 96)),
+    "two-bands": Bands.of((4, 84), (8, 12)),
+    "three-bands": Bands.of((2, 12), (4, 72), (6, 12)),
+    "odd-edges": Bands.of((3, 41), (8, 55)),
+}
+
+
+def problem(seed: int, size: int = 96, out: int = 24, rows: int = 400) -> tuple[Tensor, Tensor]:
+    """Weights float64 [out, size] and the moment of inputs whose coordinates are strongly correlated."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    inputs = normal(rows, size // 4) @ normal(size // 4, size) + 0.3 * normal(rows, size)
+    return normal(out, size), inputs.T @ inputs
+
+
+def plain_gptq(weight: Tensor, moment: Tensor, bands: Bands, scale: Tensor, damping: float) -> Tensor:
+    """Integers by the update of arXiv 2210.17323 eq. 2 and 3: one column at a time, the inverse Hessian of the columns
+    still to come by Gaussian elimination."""
+    size = weight.shape[1]
+    inverse = torch.linalg.inv(moment + damping * torch.diagonal(moment).mean() * torch.eye(size, dtype=torch.float64))
+    weight, integers = weight.clone(), torch.zeros_like(weight)
+    column_of = [(index, band.bits) for index, band in enumerate(bands) for _ in range(band.size)]
+    for i, (band, bits) in enumerate(column_of):
+        low, high = symmetric_limits(bits)
+        s = scale[:, band].double()
+        integers[:, i] = (weight[:, i] / s).round().clamp(low, high)
+        error = (weight[:, i] - integers[:, i] * s) / inverse[i, i]
+        weight[:, i + 1 :] -= error[:, None] * inverse[i, i + 1 :]
+        inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
+    return integers
+
+
+def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:
+    """||X W^T - X Ŵ^T||²."""
+    difference = weight - rounded
+    return float(((difference @ moment) * difference).sum())
+
+
+@pytest.mark.parametrize("block", [1, 7, 32, 96, 128])
+@pytest.mark.parametrize("name", CUTS)
+def test_blocked_gptq_has_the_integers_of_the_plain_one(name: str, block: int) -> None:
+    bands = CUTS[name]
+    for seed in range(2):
+        weight, moment = problem(seed)
+        scale = scales(weight, bands, clip_search=False)
+        rounded = Gptq(block=block, clip_search=False)(weight, moment, bands, None)
+        assert torch.equal(rounded.linear.scale, scale)
+        want = plain_gptq(weight, moment, bands, scale, 0.01)
+        assert torch.equal(rounded.linear.integers().double(), want)
+        assert rounded.damping == 0.01
+
+
+@pytest.mark.parametrize("name", CUTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_gptq_has_a_smaller_output_error_than_nearest_on_correlated_inputs(seed: int, name: str) -> None:
+    weight, moment = problem(seed)
+    gptq, nearest = (rounding(weight, moment, CUTS[name], None).linear for rounding in (Gptq(), Nearest()))
+    assert torch.equal(gptq.scale, nearest.scale)
+    errors = [output_error(weight, linear.dequantize(torch.float64), moment) for linear in (gptq, nearest)]
+    assert errors[0] < errors[1]
+
+
+def test_gptq_is_nearest_where_inputs_are_uncorrelated() -> None:
+    weight, _ = problem(0)
+    moment = torch.diag(torch.linspace(0.5, 2.0, 96, dtype=torch.float64))
+    for bands in CUTS.values():
+        gptq, nearest = (rounding(weight, moment, bands, None).linear for rounding in (Gptq(), Nearest()))
+        assert torch.equal(gptq.integers(), nearest.integers())
+
+
+def test_rounding_leaves_its_arguments_as_they_were() -> None:
+    weight, moment = problem(0)
+    moment[:, 5] = moment[5] = 0.0
+    bias = torch.arange(24, dtype=torch.float64)
+    before = [x.clone() for x in (weight, moment, bias)]
+    for rounding in (Gptq(), Nearest()):
+        rounding(weight, moment, CUTS["two-bands"], bias)
+    inverse_factor(moment.clone(), 0.01)
+    assert all(torch.equal(x, kept) for x, kept in zip((weight, moment, bias), before, strict=True))
+
+
+def test_any_layout_of_the_weight_gives_the_same_integers() -> None:
+    weight, moment = problem(1)
+    strided = torch.empty(96, 24, dtype=torch.float64).T.copy_(weight)
+    first, second = (Gptq()(w, moment, CUTS["two-bands"], None).linear for w in (weight, strided))
+    assert not strided.is_contiguous()
+    assert torch.equal(first.integers(), second.integers())
+
+
+def test_scaling_all_inputs_changes_no_integer() -> None:
+    weight, moment = problem(2)
+    for factor in (2.0**-20, 2.0**20):
+        first, second = (Gptq()(weight, m, CUTS["two-bands"], None).linear for m in (moment, moment * factor))
+        assert torch.equal(first.integers(), second.integers())
+
+
+@pytest.mark.parametrize(("least", "used"), [(0.5, 0.01), (-0.05, 0.1), (-0.5, 1.0), (-5.0, 10.0)])
+def test_damping_is_raised_until_the_moment_factorizes_and_is_reported(least: float, used: float) -> None:
+    """A moment with one eigenvalue that rounding pushed below zero; the mean of its diagonal is one."""
+    size = 32
+    turn = torch.linalg.qr(torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    values = torch.full((size,), (size - least) / (size - 1), dtype=torch.float64)
+    values[0] = least
+    moment = turn @ torch.diag(values) @ turn.T
+    upper, damping = inverse_factor(moment, 0.01)
+    assert damping == pytest.approx(used)
+    assert torch.equal(upper, upper.triu())
+    identity = torch.eye(size, dtype=torch.float64)
+    torch.testing.assert_close(upper.T @ upper @ (moment + damping * identity), identity, rtol=0, atol=1e-10)
+    weight = problem(0, size)[0]
+    assert Gptq()(weight, moment, Bands.of((4, size)), None).damping == damping
+
+
+def test_fewer_rows_than_columns_round_with_the_usual_damping() -> None:
+    weight, moment = problem(0, rows=3)
+    assert torch.linalg.matrix_rank(moment) == 3
+    rounded = Gptq()(weight, moment, CUTS["two-bands"], None)
+    nearest = Nearest()(weight, moment, CUTS["two-bands"], None)
+    errors = [output_error(weight, r.linear.dequantize(torch.float64), moment) for r in (rounded, nearest)]
+    assert rounded.damping == 0.01
+    assert errors[0] < errors[1]
+
+
+def test_a_moment_that_no_damping_helps_is_refused() -> None:
+    moment = torch.diag(torch.tensor([1.0] * 7 + [-1e3], dtype=torch.float64))
+    with pytest.raises(InputError, match="cannot be factorized even with damping 10;"):
+        inverse_factor(moment, 0.01)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_moment_that_is_not_finite_is_refused(value: float) -> None:
+    weight, moment = problem(0)
+    moment[3, 4] = moment[4, 3] = value
+    with pytest.raises(InputError, match="NaN or Inf"):
+        Gptq()(weight, moment, CUTS["one-band"], None)
+
+
+def test_a_dead_input_rounds_to_zero_and_leaves_the_others_alone() -> None:
+    weight, moment = problem(0)
+    bands, dead = CUTS["one-band"], torch.tensor([0, 40, 95])
+    alive = torch.ones(96, dtype=torch.bool)
+    alive[dead] = False
+    # The mean of the live diagonal is one, so that the ones standing for the dead inputs do not change the damping.
+    moment = moment / torch.diagonal(moment)[alive].mean()
+    moment[dead] = moment[:, dead] = 0.0
+    rounded = Gptq(clip_search=False)(weight, moment, bands, None)
+    integers = rounded.linear.integers().double()
+    assert torch.equal(integers[:, dead], torch.zeros(24, 3, dtype=torch.float64))
+    live = moment[alive][:, alive]
+    want = plain_gptq(weight[:, alive], live, Bands.of((4, 93)), rounded.linear.scale, 0.01)
+    assert torch.equal(integers[:, alive], want)
+
+
+def test_an_input_that_never_spoke_rounds_to_zeros() -> None:
+    weight, moment = problem(0)
+    rounded = Gptq()(weight, torch.zeros_like(moment), CUTS["two-bands"], None)
+    assert not rounded.linear.integers().any()
+
+
+@pytest.mark.parametrize("rounding", [Gptq(), Gptq(clip_search=False), Nearest(), Nearest(clip_search=False)], ids=str)
+@pytest.mark.parametrize("bits", [(2, 3, 4), (4, 6, 8), (8, 2, 3)])
+def test_each_band_uses_its_own_range_of_integers(bits: tuple[int, int, int], rounding: Gptq | Nearest) -> None:
+    weight, moment = problem(3)
+    bands = Bands.of(*zip(bits, (32, 40, 24), strict=True))
+    integers = rounding(weight * 100, moment, bands, None).linear.integers()
+    for band, cut in zip(bands, bands.slices(), strict=True):
+        low, high = symmetric_limits(band.bits)
+        part = integers[:, cut]
+        assert low <= int(part.min()) < 0 < int(part.max()) <= high
+        assert int(part.max()) == high
+
+
+def test_scales_are_those_of_the_original_weights_per_row_and_band() -> None:
+    weight, moment = problem(0)
+    bands = CUTS["two-bands"]
+    for search in (True, False):
+        want = [
+            symmetric_scale(weight[:, cut], band.bits, clip_search=search)
+            for band, cut in zip(bands, bands.slices(), strict=True)
+        ]
+        got = Gptq(clip_search=search)(weight, moment, bands, None).linear.scale
+        assert torch.equal(got, torch.stack(want, dim=1))
+    assert not torch.equal(scales(weight, bands, clip_search=True), scales(weight, bands, clip_search=False))
+
+
+@pytest.mark.parametrize("rounding", [Gptq(), Nearest()], ids=["gptq", "nearest"])
+def test_a_rows_integers_depend_on_that_row_alone(rounding: Gptq | Nearest) -> None:
+    weight, moment = problem(0)
+    bands = CUTS["two-bands"]
+    every = rounding(weight, moment, bands, None).linear.integers()
+    some = rounding(weight[5:9], moment, bands, None).linear.integers()
+    assert torch.equal(every[5:9], some)
+
+
+@pytest.mark.parametrize("rounding", [Gptq(), Nearest()], ids=["gptq", "nearest"])
+def test_a_zero_row_stays_zero_and_the_bias_is_kept(rounding: Gptq | Nearest) -> None:
+    weight, moment = problem(0)
+    weight[4] = 0.0
+    bias = torch.linspace(-1, 1, 24, dtype=torch.float64)
+    linear = rounding(weight, moment, CUTS["two-bands"], bias).linear
+    assert not linear.integers()[4].any()
+    assert torch.isfinite(linear.scale).all()
+    assert linear.bias is not None
+    assert torch.equal(linear.bias, bias.float())
+
+
+def test_the_name_says_every_setting() -> None:
+    assert str(Gptq(damping=0.05, block=64)) == "gptq, damping 0.05, block 64, clip search on"
+    assert str(Nearest(clip_search=False)) == "nearest, clip search off"

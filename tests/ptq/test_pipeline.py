@@ -1,0 +1,210 @@
+"""The pipeline rounds each linear on the inputs it will get, and gives the same integers for the same job."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from resq.backends.reference import dense
+from resq.checkpoint.files import CheckpointWriter, EndParts, Parts
+from resq.models import decoder
+from resq.models.architecture import READERS, Role, Site
+from resq.models.source import Source
+from resq.numerics.bands import INT8, Bands
+from resq.numerics.linear import DenseLinear, PackedLinear
+from resq.numerics.maps import Dense
+from resq.numerics.moments import second_moment
+from resq.ptq.pipeline import Job, LinearReport, fit_maps, quantize, relative_error, sixteen_bit
+from resq.ptq.recipe import At, Recipe, Rounded
+from resq.ptq.recipes import RECIPES, RESQ, RESQ_PAPER, RTN
+from resq.ptq.rounding.nearest import Nearest
+from resq.ptq.statistics import collect
+from resq.runtime.load import layer_from
+
+
+@dataclass
+class Kept:
+    """State: stands in for a checkpoint's writer and keeps the parts."""
+
+    layers: list[Parts]
+    ends: EndParts | None = None
+
+    def add_ends(self, names: Mapping[str, str], parts: EndParts) -> None:
+        self.ends = parts
+
+    def add_layer(self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts) -> None:
+        self.layers.append(parts)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Nearest rounding that notes the moments it was offered."""
+
+    seen: list[Tensor]
+    needs_moment: ClassVar[bool] = True
+
+    def __call__(self, weight: Tensor, moment: Tensor | None, bands: Bands, bias: Tensor | None) -> Rounded:
+        assert moment is not None
+        self.seen.append(moment)
+        return Nearest()(weight, moment, bands, bias)
+
+
+def calibration() -> Tensor:
+    return torch.randint(3, 259, (6, 32), generator=torch.Generator().manual_seed(9))
+
+
+def run(source: Source, recipe: Recipe, **changes: Any) -> tuple[Kept, list[LinearReport]]:
+    job = Job(recipe, calibration(), **{"rounding_windows": 3, "seed": 0, "keep_tied": True, **changes})
+    kept = Kept([])
+    return kept, quantize(source, job, cast(CheckpointWriter, kept), lambda what, done, steps: None)
+
+
+def tensors(kept: Kept) -> list[Tensor]:
+    """Everything stored."""
+    assert kept.ends is not None
+    found = [kept.ends.embed]
+    for parts in kept.layers:
+        for linear in parts.linears.values():
+            assert isinstance(linear, PackedLinear)
+            found += [*linear.qweight, linear.scale] + ([] if linear.bias is None else [linear.bias])
+        found += [format.map.matrix for format in (parts.heads.query, parts.heads.key) if isinstance(format.map, Dense)]
+    return found
+
+
+@pytest.mark.parametrize("recipe", [RESQ, RTN], ids=["resq", "rtn"])
+def test_each_linear_is_rounded_on_the_inputs_the_rounded_layers_before_it_give(
+    recipe: Recipe, checkpoint: Callable[..., Path]
+) -> None:
+    """A linear's input depends on the linears before it alone: run the finished model and compare every moment."""
+    source, watched = Source.open(checkpoint("qwen2")), Watched([])
+    kept, _ = run(source, replace(recipe, rounding=watched))
+    inputs: list[Tensor] = []
+    ops = dense(torch.float32)
+
+    def linear(x: Any, weight: Any) -> Tensor:
+        inputs.append(x)
+        return ops.linear(x, weight)
+
+    layers = [layer_from(parts, source.shape, "kept").prepacked(ops) for parts in kept.layers]
+    moments = collect(source, ops, calibration(), recipe.needs, lambda what, done, steps: None)
+    residual = fit_maps(recipe, moments, source.shape, 0).get(At(Site.RESIDUAL))
+    ends = source.ends()  # its table in the new basis, not yet stored in 16 bit; the head does not matter here
+    embed = ends.embed.double() if residual is None else residual.apply(ends.embed.double())
+    ends = replace(ends, embed=embed)
+    decoder.forward(replace(ops, linear=linear), source.shape, ends, layers, calibration()[:3])
+    inputs.pop()  # of the head
+    assert len(inputs) == len(watched.seen) == 2 * 7
+    for x, moment in zip(inputs, watched.seen, strict=True):
+        want = second_moment(x.flatten(0, 1))
+        # Two float32 forwards with other summation orders, as in the decoder's tests; a product doubles it.
+        torch.testing.assert_close(moment, want, rtol=0, atol=2e-5 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_job_gives_the_same_bits_and_another_seed_others(name: str, checkpoint: Callable[..., Path]) -> None:
+    source = Source.open(checkpoint())
+    first, again, other = (tensors(run(source, RECIPES[name], seed=seed)[0]) for seed in (0, 0, 1))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)) == (name == "rtn")
+
+
+@pytest.mark.parametrize("recipe", [RESQ, RESQ_PAPER], ids=["resq", "resq-paper"])
+def test_the_query_key_map_is_stored_once_in_float32(recipe: Recipe, checkpoint: Callable[..., Path]) -> None:
+    kept, _ = run(Source.open(checkpoint()), recipe)
+    for parts in kept.layers:
+        turn = parts.heads.query.map
+        assert isinstance(turn, Dense)
+        assert isinstance(parts.heads.key.map, Dense)
+        assert turn.matrix.dtype == torch.float32
+        assert parts.heads.key.map.matrix is turn.matrix
+
+
+def test_a_report_has_every_linear_in_the_order_it_runs(checkpoint: Callable[..., Path]) -> None:
+    _, reports = run(Source.open(checkpoint()), RESQ)
+    order = [role for roles in READERS.values() for role in roles]
+    assert [(report.layer, report.role) for report in reports] == [
+        (layer, role) for layer in range(2) for role in order
+    ]
+    assert {report.damping for report in reports} == {0.01}
+    assert all(0 < report.error < 0.1 for report in reports)
+
+
+def test_a_reported_error_is_that_of_the_outputs() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w, e = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (50, 5, 5))
+    rounded = w + 0.1 * e
+    outputs = float((x @ (w - rounded).T).square().sum() / (x @ w.T).square().sum())
+    assert relative_error(w, rounded, x.T @ x) == pytest.approx(outputs)
+    weights = float((w - rounded).square().sum() / w.square().sum())
+    assert relative_error(w, rounded, None) == pytest.approx(weights)
+    assert relative_error(torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64), None) == 0.0
+
+
+def test_a_recipe_without_moments_needs_no_calibration(checkpoint: Callable[..., Path]) -> None:
+    source = Source.open(checkpoint())
+    job = Job(RTN, torch.empty(0, 32, dtype=torch.int64), 0, 0, keep_tied=True)
+    kept = Kept([])
+    reports = quantize(source, job, cast(CheckpointWriter, kept), lambda what, done, steps: None)
+    want, _ = run(source, RTN)
+    assert all(torch.equal(a, b) for a, b in zip(tensors(kept), tensors(want), strict=True))
+    assert {report.damping for report in reports} == {None}
+
+
+def test_progress_ends_at_its_number_of_steps(checkpoint: Callable[..., Path]) -> None:
+    seen: list[tuple[str, int, int]] = []
+    job = Job(RESQ, torch.randint(3, 259, (6, 32)), 2, 0, keep_tied=True)
+    quantize(Source.open(checkpoint()), job, cast(CheckpointWriter, Kept([])), lambda *report: seen.append(report))
+    assert [report for report in seen if report[0] == "rounding"] == [("rounding", step, 8) for step in range(1, 9)]
+    assert seen.index(("collecting moments", 12, 12)) < seen.index(("rounding", 1, 8))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_tables_are_stored_in_16_bit_of_the_sources_kind(dtype: str, checkpoint: Callable[..., Path]) -> None:
+    source = Source.open(checkpoint(dtype=dtype, tie_word_embeddings=False))
+    kept, _ = run(source, RTN, keep_tied=False)
+    assert kept.ends is not None
+    assert isinstance(kept.ends.head, DenseLinear)
+    want = torch.bfloat16 if dtype == "bfloat16" else torch.float16
+    assert kept.ends.embed.dtype == kept.ends.head.weight.dtype == want
+    assert torch.equal(kept.ends.embed, source.ends().embed.to(want))
+    assert sixteen_bit(torch.tensor([1e5]), dtype) == torch.bfloat16
+
+
+def test_a_tied_model_stores_one_table_and_an_untied_one_two(checkpoint: Callable[..., Path]) -> None:
+    source = Source.open(checkpoint())
+    tied, untied = (run(source, RESQ, keep_tied=kept)[0].ends for kept in (True, False))
+    assert tied is not None
+    assert untied is not None
+    assert (tied.tied, untied.tied) == (True, False)
+    assert isinstance(tied.head, DenseLinear)
+    assert isinstance(untied.head, DenseLinear)
+    assert tied.head.weight is tied.embed
+    assert isinstance(tied.head_input.map, Dense)
+    assert tied.head_input.map.matrix.dtype == torch.float32
+    assert untied.head.weight.shape == untied.embed.shape
+    assert not torch.equal(untied.head.weight, untied.embed)
+
+
+def test_a_head_in_8_bit_is_packed_and_its_input_rounded(checkpoint: Callable[..., Path]) -> None:
+    recipe = replace(RESQ, precision=replace(RESQ.precision, head=INT8))
+    ends = run(Source.open(checkpoint()), recipe, keep_tied=False)[0].ends
+    assert ends is not None
+    assert isinstance(ends.head, PackedLinear)
+    assert ends.head_input.bands is not None
+    assert ends.head.bands.pairs == ends.head_input.bands.pairs == [(8, 64)]
+
+
+def test_a_linear_in_16_bit_keeps_its_weights(checkpoint: Callable[..., Path]) -> None:
+    source = Source.open(checkpoint())
+    recipe = replace(RTN, precision=replace(RTN.precision, down_weights=None, down_inputs=None))
+    kept, reports = run(source, recipe)
+    down = kept.layers[0].linears[Role.DOWN]
+    assert isinstance(down, DenseLinear)
+    assert torch.equal(down.weight, source.layer(0).linears[Role.DOWN].weight.half())
+    assert all(report.error < 1e-6 for report in reports if report.role == Role.DOWN)
