@@ -103,7 +103,7 @@ def test_logits_before_saving_and_after_loading_are_equal(packed: tuple[Path, Pa
         placed = placement.ends(source.ends(), keep_tied=True)
         parts = store_ends(placed, source, RESQ.precision, keep_tied=True)
         ends = decoder.Ends(parts.embed, parts.norm, parts.head_input, parts.head).prepacked(REFERENCE)
-        hidden = [decoder.embed(ops, placed, window[None]) for window in tokens]
+        hidden = [parts.embed[window[None]].float() for window in tokens]
         layers = []
         for index in range(source.shape.layers):
             layer = placement.layer(source.layer(index), index)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,6 @@ def test_a_llama_that_others_trained_still_tells_a_story(shared: Path, tmp_path:
     torch.manual_seed(0)
     told = plain.generate(torch.ones(16, 1, dtype=torch.int64), max_new_tokens=200, do_sample=True, pad_token_id=0)
     tokenizer = load_tokenizer(source)
-    import json
-
     text.write_text(
         "".join(json.dumps({"text": t}) + "\n" for t in tokenizer.batch_decode(told, skip_special_tokens=True))
     )

@@ -227,11 +227,12 @@ def test_equal_moments_in_two_places_get_different_rotations() -> None:
     assert not torch.equal(found[At(Site.VALUE, 0), 0], found[At(Site.VALUE, 0), 1])
 
 
-def test_balanced_heads_have_the_same_power_in_each_band_of_the_attention_outputs() -> None:
+def test_balanced_heads_have_the_same_power_in_each_band() -> None:
     moments, setting = small_moments(), Setting(small_shape(), RESQ.precision, 0)
     loudness = torch.tensor([0.01, 25.0], dtype=torch.float64)[:, None, None]
     outputs = [moment * loudness for moment in parts_of(moments)[1]]
-    maps = pca(Site.VALUE, balance_heads=True).fit(replace(moments, head_output=outputs), setting)
+    moments = replace(moments, value=outputs)
+    maps = pca(Site.VALUE, balance_heads=True).fit(moments, setting)
     plain = pca(Site.VALUE).fit(moments, setting)
     for at, map in maps.items():
         before = plain[at]
@@ -255,7 +256,7 @@ def test_a_silent_head_is_not_scaled() -> None:
     outputs = [torch.zeros(2, 16, 16, dtype=torch.float64) for _ in range(3)]
     outputs[1][1] = torch.eye(16, dtype=torch.float64)
     setting = Setting(small_shape(), RESQ.precision, 0)
-    for map in pca(Site.VALUE, balance_heads=True).fit(replace(moment, head_output=outputs), setting).values():
+    for map in pca(Site.VALUE, balance_heads=True).fit(replace(moment, value=outputs), setting).values():
         assert isinstance(map, PerHead)
         assert map.scales is not None
         torch.testing.assert_close(map.scales, torch.ones_like(map.scales), rtol=1e-12, atol=0)

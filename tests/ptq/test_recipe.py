@@ -76,7 +76,7 @@ def test_one_band_everywhere_needs_no_basis(layout: Layout | None) -> None:
 def test_a_recipe_needs_what_its_bases_need() -> None:
     assert RESQ.needs == set(Statistic)
     assert recipe((pca(Site.VALUE),)).needs == {Statistic.VALUE}
-    assert recipe((pca(Site.VALUE, balance_heads=True),)).needs == {Statistic.VALUE, Statistic.HEAD_OUTPUT}
+    assert recipe((pca(Site.VALUE, balance_heads=True),)).needs == {Statistic.VALUE}
     assert recipe((HadamardBasis(), GatherHeads())).needs == frozenset()
 
 

@@ -138,6 +138,7 @@ class CheckpointWriter:
         except OSError as error:
             raise InputError(f"cannot write to {out.parent}: {error.strerror}; choose another --out") from error
         self._weight_map: dict[str, str] = {}
+        self._copied: dict[str, FileEntry] = {}
         self._tensor_bytes = 0
         self._files: dict[str, FileEntry] = {}
         self._layers: dict[int, LayerEntry] = {}
@@ -201,33 +202,31 @@ class CheckpointWriter:
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small UTF-8 file."""
-        try:
-            (self._work / name).write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise _write_error(self.out, error) from error
+        self._add_small(name, text.encode())
 
     def add_copy(self, source: Path) -> None:
         """Copy a file as it is (tokenizer, generation config, chat template)."""
+        self._add_small(source.name, source.read_bytes())
+
+    def _add_small(self, name: str, content: bytes) -> None:
         try:
-            shutil.copyfile(source, self._work / source.name)
+            (self._work / name).write_bytes(content)
         except OSError as error:
             raise _write_error(self.out, error) from error
+        self._copied[name] = FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
     def close(self, **header: Any) -> Manifest:
         """Write index and manifest, flush everything to disk and move the directory to its place; `header` holds the
         manifest's remaining fields."""
         assert self._ends is not None
         assert sorted(self._layers) == list(range(len(self._layers)))
-        others = [path for path in sorted(self._work.iterdir()) if path.name not in self._files]
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             **header,
             ends=self._ends,
             layers=[self._layers[index] for index in sorted(self._layers)],
             files=dict(sorted(self._files.items())),
-            copied={
-                path.name: _file_entry(path) for path in sorted(self._work.iterdir()) if path.name not in self._files
-            },
+            copied=dict(sorted(self._copied.items())),
         )
         index = {"metadata": {"total_size": self._tensor_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         self.add_text(INDEX_FILE, json.dumps(index, indent=1) + "\n")
@@ -251,11 +250,6 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _file_entry(path: Path) -> FileEntry:
-    content = path.read_bytes()
-    return FileEntry(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
 
 def _sync_and_hash(path: Path) -> str:

@@ -95,7 +95,8 @@ def all_windows(file: Path, tokenizer: Any, length: int, *, wikitext: bool = Fal
     """
     documents = read_documents(file, tokenizer)
     if wikitext:
-        rows = [f"{line}\n" if line.strip() else "" for document in documents for line in document.split("\n")]
+        lines = [line for document in documents for line in document.removesuffix("\n").split("\n")]
+        rows = [f"{line}\n" if line.strip() else "" for line in lines]
         documents = ["\n\n".join(rows)]
     tokens = tokenize(documents, tokenizer)
     count = len(tokens) // length

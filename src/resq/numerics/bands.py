@@ -99,12 +99,22 @@ class Layout:
         last = [(bits, count(fraction)) for bits, fraction in self.last]
         low = size - sum(n for _, n in first + last)
         if low < 1:
-            asked = ", ".join(f"{fraction} in {bits} bit" for bits, fraction in self.first + self.last)
+            asked = ", ".join(f"{fraction} in {bits} bit" for bits, fraction in self.parts)
             raise InputError(
                 f"bands {asked} (in multiples of {multiple}) leave {low} of {size} coordinates for the low band; "
                 "it needs at least 1: use smaller fractions"
             )
         return Bands.of(*first, (self.low, low), *last)
+
+    @property
+    def parts(self) -> tuple[tuple[int, Fraction], ...]:
+        """The named parts; none for uniform precision."""
+        return self.first + self.last
+
+    @property
+    def cut(self) -> tuple[tuple[Fraction, ...], tuple[Fraction, ...]]:
+        """Where the dimension is cut, whatever the widths."""
+        return tuple(fraction for _, fraction in self.first), tuple(fraction for _, fraction in self.last)
 
     def with_low(self, bits: int) -> Layout:
         """The same cut with `bits` bits in the low band (the stress setting `--bits 3`)."""

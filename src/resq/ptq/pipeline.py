@@ -74,17 +74,19 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     placement = Placement(shape, fit_maps(recipe, moments, shape, job.seed), recipe.precision, recipe.folds_norms)
 
     placed = placement.ends(source.ends(), keep_tied=job.keep_tied)
-    writer.add_ends(_end_names(source), store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied))
+    stored = store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied)
+    writer.add_ends(_end_names(source), stored)
     tokens = job.tokens[: job.rounding_windows] if recipe.rounding.needs_moment else job.tokens[:0]
-    hidden = [decoder.embed(ops, placed, window[None]) for window in tokens]
-    del placed
+    # The table as it will be read: already rounded to 16 bit.
+    hidden = [stored.embed[window[None]].to(ops.dtype) for window in tokens]
+    del placed, stored
 
     names = _layer_names(source)
     reports = []
     for index in range(shape.layers):
         layer = placement.layer(source.layer(index), index)
-        stored = round_layer(ops, shape, layer, recipe, hidden, reports, index, progress)
-        parts = Parts({**stored.linears}, {**stored.norms}, {**stored.inputs}, stored.heads, stored.window)
+        packed = round_layer(ops, shape, layer, recipe, hidden, reports, index, progress)
+        parts = Parts({**packed.linears}, {**packed.norms}, {**packed.inputs}, packed.heads, packed.window)
         writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
     return reports
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resq.errors import InputError
 from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.decoder import Ends, Layer
 from resq.numerics.affine import round_symmetric, symmetric_scale
@@ -16,6 +17,9 @@ from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense, LinearMap, PerHead, as_reader, as_writer
 from resq.ptq.recipe import At, Precision
+
+# Sites whose maps `Placement` knows how to absorb or apply online.
+_ABSORBED = frozenset({Site.RESIDUAL, Site.VALUE, Site.ATTN_OUT, Site.QUERY_KEY, Site.MLP_HIDDEN})
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Placement:
     maps: Mapping[At, LinearMap]
     precision: Precision
     folds: bool
+
+    def __post_init__(self) -> None:
+        for at, map in self.maps.items():
+            if at.site not in _ABSORBED or (at.site is Site.VALUE and not isinstance(map, PerHead)):
+                raise InputError(f"a {map.kind} map at {at.site} cannot be placed; leave it out of the recipe's basis")
 
     def map_at(self, site: Site, layer: int | None = None) -> LinearMap | None:
         """The map of a site, or None."""

@@ -143,8 +143,8 @@ class Setting:
         size, layout = {
             Site.RESIDUAL: (shape.hidden, inputs),
             Site.NORM_OUT: (shape.hidden, inputs),
-            # Values are rounded in the cache and again, gathered, at o's input.
-            Site.VALUE: (shape.head_dim, p.value or inputs),
+            # Values are rounded in the cache and again, gathered, at o's input: a cut of either orders both.
+            Site.VALUE: (shape.head_dim, p.value if p.value and p.value.parts else inputs or p.value),
             Site.ATTN_OUT: (shape.head_dim, inputs),
             Site.QUERY_KEY: (shape.head_dim, p.key),
             Site.MLP_HIDDEN: (shape.ffn, down),
@@ -221,17 +221,25 @@ class Recipe:
         cuts: Mapping[str, tuple[tuple[Layout | None, ...], tuple[Site, ...]]] = {
             "inputs and weights": ((p.inputs, p.weights), (Site.RESIDUAL, Site.NORM_OUT)),
             "o_proj": ((p.inputs, p.weights), (Site.ATTN_OUT,)),
+            "heads of o_proj": ((p.inputs, p.weights), (Site.VALUE,)),
             "down_proj": ((p.down_inputs, p.down_weights), (Site.MLP_HIDDEN,)),
             "keys": ((p.key,), (Site.QUERY_KEY,)),
             "values": ((p.value,), (Site.VALUE,)),
         }
         for what, (layouts, sites) in cuts.items():
-            banded = any(layout is not None and (layout.first or layout.last) for layout in layouts)
+            banded = any(layout is not None and layout.parts for layout in layouts)
             if banded and not ordered & set(sites):
                 raise InputError(
                     f"recipe {self.name}: {what} are cut into bands, but no basis orders the coordinates at "
                     f"{' or '.join(sites)}; use one band there or a basis that orders them"
                 )
+
+        inputs = p.inputs or p.weights
+        if inputs is not None and p.value is not None and inputs.parts and p.value.parts and inputs.cut != p.value.cut:
+            raise InputError(
+                f"recipe {self.name}: values ({p.value}) and o_proj's input ({inputs}) share coordinates but are cut "
+                "differently; use the same fractions"
+            )
 
     @property
     def needs(self) -> frozenset[Statistic]:

@@ -59,7 +59,7 @@ class Gptq:
         """weight float64 [out, in]; moment float64 [in, in]: the sum of x x^T over the linear's calibration inputs."""
         assert moment is not None
         scale = scales(weight, bands, clip_search=self.clip_search)
-        upper, damping = inverse_factor(moment.clone(), self.damping)
+        upper, damping = inverse_factor(moment, self.damping)
         # Columns as rows: the inner loop then walks contiguous memory. A copy: the update writes to it.
         columns = weight.to(torch.float64).T.clone(memory_format=torch.contiguous_format)
         columns[torch.diagonal(moment) == 0] = 0.0
