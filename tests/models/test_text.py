@@ -209,3 +209,17 @@ def test_a_damaged_tokenizer_is_refused(content: str, tmp_path: Path) -> None:
     byte_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text(content)
     refused("the tokenizer in .* cannot be loaded", lambda: load_tokenizer(tmp_path))
+
+
+def test_a_generic_tokenizer_is_read_from_its_own_file_whatever_the_model_type(checkpoint: Callable[..., Path]) -> None:
+    # transformers' Qwen2 class would split digits and ignore the file's own pre-tokenizer.
+    from tokenizers import Tokenizer
+
+    directory = checkpoint("qwen2")
+    file = directory / "tokenizer.json"
+    own = json.loads(file.read_text(encoding="utf-8"))
+    own["normalizer"] = {"type": "Lowercase"}
+    file.write_text(json.dumps(own), encoding="utf-8")
+    text = "In 2000 LOUD"
+    assert load_tokenizer(directory)(text)["input_ids"] == Tokenizer.from_file(str(file)).encode(text).ids
+    assert load_tokenizer(directory)(text)["input_ids"] == load_tokenizer(directory)(text.lower())["input_ids"]

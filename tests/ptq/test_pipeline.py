@@ -94,9 +94,9 @@ def test_each_linear_is_rounded_on_the_inputs_the_rounded_layers_before_it_give(
     layers = [layer_from(parts, source.shape, "kept").prepacked(ops) for parts in kept.layers]
     moments = collect(source, ops, calibration(), recipe.needs, lambda what, done, steps: None)
     residual = fit_maps(recipe, moments, source.shape, 0).get(At(Site.RESIDUAL))
-    ends = source.ends()  # its table in the new basis, not yet stored in 16 bit; the head does not matter here
+    ends = source.ends()  # its table in the new basis, as it is stored; the head does not matter here
     embed = ends.embed.double() if residual is None else residual.apply(ends.embed.double())
-    ends = replace(ends, embed=embed)
+    ends = replace(ends, embed=embed.to(torch.bfloat16))
     decoder.forward(replace(ops, linear=linear), source.shape, ends, layers, calibration()[:3])
     inputs.pop()  # of the head
     assert len(inputs) == len(watched.seen) == 2 * 7

@@ -16,6 +16,9 @@ from torch import Tensor
 from resq.errors import InputError
 
 
+GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer of a checkpoint directory. Raises InputError when it has none."""
     if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
@@ -23,10 +26,20 @@ def load_tokenizer(path: Path) -> Any:
             f"{path} has no tokenizer (tokenizer.json, tokenizer.model or vocab.json); copy the model's there"
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # transformers 5 builds some families' pipelines (Llama, Qwen2) anew and ignores tokenizer.json; a directory that
+    # names the generic class means its tokenizer.json as it stands.
+    settings = path / "tokenizer_config.json"
+    named = None
+    if settings.is_file() and (path / "tokenizer.json").is_file():
+        try:
+            named = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class")
+        except (ValueError, AttributeError) as error:
+            raise InputError(f"{settings} is not a JSON object; fetch it again") from error
     try:
-        return AutoTokenizer.from_pretrained(path)
+        kind = PreTrainedTokenizerFast if named in GENERIC_TOKENIZERS else AutoTokenizer
+        return kind.from_pretrained(path)
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"the tokenizer in {path} cannot be loaded: {reason}") from error
