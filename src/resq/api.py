@@ -87,7 +87,9 @@ def quantize(
     method = chosen_recipe(recipe, bits, head_bits)
     model = Source.open(source)
     tokenizer = load_tokenizer(model.path)
+    progress("tokenizing", 0, 1)
     chosen = _windows(model, tokenizer, calibration, windows, window_length, seed, method)
+    progress("tokenizing", 1, 1)
     least = min(DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows
     if not 1 <= least <= windows:
         raise InputError(f"--rounding-windows {least} must lie in 1 … {windows}, the number of --windows")

@@ -45,7 +45,7 @@ def bars() -> Iterator[Callable[[str, int, int], None]]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=not err.is_terminal) as progress:
+    with Progress(*columns, console=err, transient=True) as progress:
         tasks: dict[str, int] = {}
 
         def show(phase: str, done: int, total: int) -> None:
@@ -182,7 +182,8 @@ def generate(
     if max_new_tokens < 1:
         raise InputError(f"--max-new-tokens is {max_new_tokens}; at least 1 is needed")
     sampling = Sampling(temperature, top_p, seed)
-    model = load(directory)
+    with bars() as progress:
+        model = load(directory, progress=progress)
     pieces = model.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
     if json_output:
         print(json.dumps({"prompt": prompt, "text": "".join(pieces)}))

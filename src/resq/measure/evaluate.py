@@ -48,7 +48,11 @@ def evaluate(
     first: tuple[str, Tensor] | None = None
     # Everything that can be refused is refused before the first long run.
     models = [open_streamed(path) for path in checkpoints]
-    windows = [all_windows(text, load_tokenizer(model.path), window_length, wikitext=wikitext) for model in models]
+    windows = []
+    for number, model in enumerate(models):
+        progress("tokenizing", number, len(models))
+        windows.append(all_windows(text, load_tokenizer(model.path), window_length, wikitext=wikitext))
+    progress("tokenizing", len(models), len(models))
     for model, chosen in zip(models, windows, strict=True):
         started = time.perf_counter()
         packed = (model.path / MANIFEST_FILE).is_file()

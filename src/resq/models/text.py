@@ -15,7 +15,6 @@ from torch import Tensor
 
 from resq.errors import InputError
 
-
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 

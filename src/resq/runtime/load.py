@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -154,11 +155,16 @@ class Model:
         return tokens
 
 
-def load(directory: str | Path, *, backend: Backend = REFERENCE) -> Model:
+def load(
+    directory: str | Path,
+    *,
+    backend: Backend = REFERENCE,
+    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+) -> Model:
     """Open a packed checkpoint; every file is checked against its recorded size and hash.
 
-    `model = resq.load("llama-resq")`. Raises CheckpointError when something is missing, altered or of another version,
-    InputError when the backend cannot run here.
+    `model = resq.load("llama-resq")`. `progress` is told (phase, files read, files). Raises CheckpointError when
+    something is missing, altered or of another version, InputError when the backend cannot run here.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -176,15 +182,15 @@ def load(directory: str | Path, *, backend: Backend = REFERENCE) -> Model:
         )
     ends = ends_from(reader.ends(), shape).prepacked(backend)
     layers = []
+    progress("loading", 1, shape.layers + 1)
     for index, entry in enumerate(reader.manifest.layers):
         layers.append(layer_from(reader.layer(index), shape, entry.file).prepacked(backend))
+        progress("loading", index + 2, shape.layers + 1)
     return Model(shape, ends, layers, backend, directory, reader.manifest, end_tokens(directory, config))
 
 
 def end_tokens(directory: Path, config: dict[str, Any]) -> frozenset[int]:
     """Ids after which generation stops: generation_config.json's, else config.json's."""
-    import json
-
     file = directory / "generation_config.json"
     stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     ends = stored.get("eos_token_id", config.get("eos_token_id"))
