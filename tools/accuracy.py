@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,16 +17,31 @@ import resq
 from resq.measure.perplexity import open_streamed, paired_interval, perplexity, window_nll
 from resq.measure.rows import append_row, provenance
 from resq.models.text import all_windows, load_tokenizer
+from resq.ptq.recipes import RESQ, RESQ_PAPER
+from resq.ptq.rounding.nearest import Nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 CASES = ("rtn:4", "rtn:3", "resq:4", "resq:3", "resq-paper:4", "resq-paper:3", "resq:4:head8", "rtn:4:head8")
 
 
+# Single choices of the resq recipe undone: what each is worth.
+ABLATIONS = {
+    "resq-unbalanced": replace(RESQ, name="resq-unbalanced", basis=RESQ_PAPER.basis),
+    "resq-ranged-per-head": replace(
+        RESQ,
+        name="resq-ranged-per-head",
+        basis=RESQ_PAPER.basis,
+        precision=replace(RESQ.precision, output_per_head=True),
+    ),
+    "resq-nearest": replace(RESQ, name="resq-nearest", rounding=Nearest()),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="llama-5m,qwen2-5m")
-    parser.add_argument("--cases", default=",".join(CASES), help="recipe:bits or recipe:bits:head8")
+    parser.add_argument("--cases", default=",".join(CASES), help="recipe or ablation:bits[:head8]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "accuracy.jsonl")
     args = parser.parse_args()
@@ -48,7 +64,7 @@ def main() -> None:
                 resq.quantize(
                     source,
                     out,
-                    recipe=recipe,
+                    recipe=ABLATIONS[recipe] if recipe in ABLATIONS else recipe,
                     bits=int(bits),
                     head_bits=head,
                     seed=args.seed,

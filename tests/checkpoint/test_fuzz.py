@@ -1,4 +1,4 @@
-"""Damaged checkpoints: whatever happens to the files, loading refuses in one line or loads the tensors as they were written."""
+"""Damaged checkpoints: loading refuses in one line, or gives the tensors as they were written."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.conftest import make_checkpoint
 
 import resq
 from resq.errors import InputError
-from tests.conftest import make_checkpoint
 
 TRIALS = 400
 
@@ -28,7 +28,7 @@ def test_random_damage_is_refused_or_harmless(text: Path, tmp_path: Path) -> Non
 
     # config.json's numbers are not hashed at load: `copied` in the manifest records them for a full verification.
     files = sorted(file for file in packed.iterdir() if file.suffix == ".safetensors" or file.name == "resq.json")
-    refused = 0
+    messages: list[str] = []
     for trial in range(TRIALS):
         damaged = tmp_path / "damaged"
         shutil.copytree(packed, damaged)
@@ -48,11 +48,11 @@ def test_random_damage_is_refused_or_harmless(text: Path, tmp_path: Path) -> Non
         try:
             after = resq.load(damaged)(tokens)
         except InputError as error:
-            refused += 1
-            assert "\n" not in str(error)
+            messages.append(str(error))
         else:
             # Tensors are hashed. The manifest is not: its words for people, or a digit of an eps, may change.
             assert file.name == "resq.json", (trial, kind, at)
             assert after.shape == before.shape
         shutil.rmtree(damaged)
-    assert refused > TRIALS // 2
+    assert len(messages) > TRIALS // 2
+    assert not [message for message in messages if "\n" in message]
