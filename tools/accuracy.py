@@ -17,6 +17,7 @@ import resq
 from resq.measure.perplexity import open_streamed, paired_interval, perplexity, window_nll
 from resq.measure.rows import append_row, provenance
 from resq.models.text import all_windows, load_tokenizer
+from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import RESQ, RESQ_PAPER
 from resq.ptq.rounding.nearest import Nearest
 
@@ -61,10 +62,11 @@ def main() -> None:
                 recipe, bits, *rest = case.split(":")
                 head = 8 if "head8" in rest else 16
                 out = work / f"{name}-{case.replace(':', '-')}"
+                made_of: str | Recipe = ABLATIONS.get(recipe) or recipe
                 resq.quantize(
                     source,
                     out,
-                    recipe=ABLATIONS[recipe] if recipe in ABLATIONS else recipe,
+                    recipe=made_of,
                     bits=int(bits),
                     head_bits=head,
                     seed=args.seed,
