@@ -54,7 +54,7 @@ def integer_matmul(q: Tensor, w: Tensor, q_bits: int, w_bits: int) -> Tensor:
     total: Tensor | None = None
     for start in range(0, w.shape[1], step):
         part = q[..., start : start + step].to(torch.float32) @ w[:, start : start + step].to(torch.float32).T
-        total = part.to(torch.float64) if total is None else total + part
+        total = part.to(torch.float64) if total is None else total.add_(part)
     assert total is not None
     return total
 
@@ -80,16 +80,19 @@ def accumulate(x: Quantized, w: UnpackedLinear) -> list[tuple[Tensor, Tensor, Te
             weights = w.integers[:, at]
             zero = x.zero[..., source, group].to(torch.float64)
             sums = integer_matmul(x.q[..., at], weights, x.bands.bands[source].bits, band.bits)
-            sums = sums - zero[..., None] * weights.sum(dim=1, dtype=torch.float64)
+            sums.addcmul_(zero[..., None], weights.sum(dim=1, dtype=torch.float64), value=-1)
             parts.append((sums, x.scale[..., source, group], w.scale[:, index]))
     return parts
 
 
 def _quantized_linear(x: Quantized, w: UnpackedLinear) -> Tensor:
     """y = Σ_bands s_x s_w Σ (q_x - z_x) q_w + b in float64, returned as float32."""
-    total = torch.zeros((), dtype=torch.float64)
+    total: Tensor | None = None
     for sums, x_scale, w_scale in accumulate(x, w):
-        total = total + x_scale.to(torch.float64)[..., None] * w_scale.to(torch.float64) * sums
+        # The product of two float32 scales is exact in float64.
+        part = (x_scale.to(torch.float64)[..., None] * w_scale.to(torch.float64)).mul_(sums)
+        total = part if total is None else total.add_(part)
+    assert total is not None
     if w.bias is not None:
         total = total + w.bias.to(torch.float64)
     return total.to(torch.float32)
