@@ -14,22 +14,34 @@ from typing import Any
 import torch
 
 from resq._version import __version__
-from resq.checkpoint.files import CheckpointWriter
+from resq.checkpoint.files import CheckpointWriter, check_free
 from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, CalibrationEntry, Manifest, RecipeEntry, SourceEntry
 from resq.errors import InputError
 from resq.measure.card import model_card
 from resq.models.source import Source
 from resq.models.text import Windows, load_tokenizer, sampled_windows
 from resq.numerics.bands import INT8, PACKABLE_BITS
+from resq.progress import Progress, silent
 from resq.ptq.pipeline import Job, LinearReport
 from resq.ptq.pipeline import quantize as run_pipeline
 from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import recipe_named
-from resq.ptq.statistics import Progress
 
-# Files of a source that describe its weights; everything else of these kinds is copied.
-OWN_FILES = {"config.json", "README.md", MANIFEST_FILE}
-COPIED = (".json", ".model", ".txt", ".jinja", ".tiktoken")
+# What of a source goes along: tokenizer, chat templates, generation config, licences.
+COPIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
 DEFAULT_WINDOWS, DEFAULT_ROUNDING_WINDOWS, DEFAULT_LENGTH = 128, 128, 2048
 
 
@@ -43,19 +55,19 @@ class Result:
     seconds: float
 
 
-def silent(phase: str, done: int, total: int) -> None:
-    """A progress callback that shows nothing."""
-
-
-def chosen_recipe(name: str | Recipe, bits: int, head_bits: int) -> Recipe:
-    """A recipe by name with its low band at `bits` and its head at `head_bits` (8, or 16: unrounded)."""
+def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: int | None) -> Recipe:
+    """A recipe by name, with its low band at `bits` and its head at `head_bits` (8, or 16: unrounded) where given."""
     recipe = recipe_named(name) if isinstance(name, str) else name
-    if bits not in PACKABLE_BITS or bits > 6:
-        raise InputError(f"--bits {bits} cannot be packed; accepted are 2, 3, 4 and 6")
-    if head_bits not in (8, 16):
-        raise InputError(f"--head-bits {head_bits} is not supported; accepted are 8 and 16")
-    precision = recipe.precision if bits == 4 else recipe.precision.with_low(bits)
-    return replace(recipe, precision=replace(precision, head=INT8 if head_bits == 8 else None))
+    precision = recipe.precision
+    if bits is not None:
+        if bits not in PACKABLE_BITS or bits > 6:
+            raise InputError(f"--bits {bits} cannot be packed; accepted are 2, 3, 4 and 6")
+        precision = precision.with_low(bits)
+    if head_bits is not None:
+        if head_bits not in (8, 16):
+            raise InputError(f"--head-bits {head_bits} is not supported; accepted are 8 and 16")
+        precision = replace(precision, head=INT8 if head_bits == 8 else None)
+    return replace(recipe, precision=precision)
 
 
 @torch.inference_mode()
@@ -64,12 +76,12 @@ def quantize(
     out: str | Path,
     *,
     recipe: str | Recipe = "resq",
-    calibration: Sequence[str | Path] = (),
+    calibration: str | Path | Sequence[str | Path] = (),
     windows: int = DEFAULT_WINDOWS,
     rounding_windows: int | None = None,
     window_length: int | None = None,
-    bits: int = 4,
-    head_bits: int = 16,
+    bits: int | None = None,
+    head_bits: int | None = None,
     untie: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -79,25 +91,30 @@ def quantize(
     `resq.quantize("llama", "llama-resq", calibration=["wiki.train.raw"])`.
 
     calibration: text or .jsonl files. windows: for the bases; rounding_windows (default: the first 128 of them) for
-    GPTQ. window_length: tokens, default 2048 or the model's context. bits: the low band. head_bits: 16 keeps lm_head
-    unrounded (and a tied head on the embedding table unless `untie`), 8 rounds it and its input.
+    GPTQ. window_length: tokens, default 2048 or the model's context. bits: the low band, default the recipe's (4).
+    head_bits: 16 (the recipes' default) keeps lm_head unrounded, and a tied head on the embedding table unless `untie`;
+    8 rounds it and its input.
     Raises InputError, a ValueError, for anything given that cannot be used; `out` then does not exist.
     """
     started = time.perf_counter()
     method = chosen_recipe(recipe, bits, head_bits)
+    files = [calibration] if isinstance(calibration, (str, Path)) else calibration
+    rounding = min(DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows
+    if windows < 1:
+        raise InputError(f"--windows is {windows}; at least 1 is needed")
+    if not 1 <= rounding <= windows:
+        raise InputError(f"--rounding-windows {rounding} must lie in 1 … {windows}, the number of --windows")
+    out = Path(out)
+    check_free(out)
     model = Source.open(source)
     tokenizer = load_tokenizer(model.path)
     progress("tokenizing", 0, 1)
-    chosen = _windows(model, tokenizer, calibration, windows, window_length, seed, method)
+    chosen = _windows(model, tokenizer, files, windows, window_length, seed, method)
     progress("tokenizing", 1, 1)
-    least = min(DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows
-    if not 1 <= least <= windows:
-        raise InputError(f"--rounding-windows {least} must lie in 1 … {windows}, the number of --windows")
-    keep_tied = model.shape.tied and head_bits == 16 and not untie
-    out = Path(out)
+    keep_tied = model.shape.tied and method.precision.head is None and not untie
     with CheckpointWriter(out) as writer:
         tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
-        reports = run_pipeline(model, Job(method, tokens, least, seed, keep_tied), writer, progress)
+        reports = run_pipeline(model, Job(method, tokens, rounding, seed, keep_tied), writer, progress)
         total = model.nbytes
         hashes = model.sha256(lambda done: progress("hashing the source", done, total))
         _copy_files(model, writer)
@@ -124,14 +141,14 @@ def quantize(
             else CalibrationEntry(
                 origin=chosen.origin,
                 windows=windows,
-                rounding_windows=least,
+                rounding_windows=rounding,
                 window_length=tokens.shape[1],
                 tokens_sha256=chosen.sha256,
                 forward="float32, cpu",
             ),
             "notes": damping_notes(reports),
         }
-        writer.add_text("README.md", model_card(header, out.name))
+        writer.add_text("README.md", model_card(header, out.name, hub=not Path(source).exists()))
         manifest = writer.close(**header)
     return Result(out, manifest, reports, time.perf_counter() - started)
 
@@ -154,8 +171,6 @@ def _windows(
 ) -> Windows | None:
     if not recipe.needs and not recipe.rounding.needs_moment:
         return None
-    if count < 1:
-        raise InputError(f"--windows is {count}; at least 1 is needed")
     context = model.shape.max_positions
     length = min(DEFAULT_LENGTH, context) if length is None else length
     if not 2 <= length <= context:
@@ -173,14 +188,10 @@ def _copy_files(model: Source, writer: CheckpointWriter) -> None:
     raw = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     raw["quantization_config"] = {"quant_method": "resq", "format_version": FORMAT_VERSION, "manifest": MANIFEST_FILE}
     writer.add_text("config.json", json.dumps(raw, indent=2) + "\n")
-    for file in sorted(model.path.iterdir()):
-        if (
-            file.is_file()
-            and file.suffix in COPIED
-            and file.name not in OWN_FILES
-            and not file.name.endswith(".index.json")
-        ):
-            writer.add_copy(file)
+    for pattern in COPIED:
+        for file in sorted(model.path.glob(pattern)):
+            if file.is_file():
+                writer.add_copy(file, str(file.relative_to(model.path)))
 
 
 def _versions() -> dict[str, str]:

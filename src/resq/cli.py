@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from resq.errors import InputError
+from resq.progress import Progress
 
 if TYPE_CHECKING:
     from resq.api import Result
@@ -29,29 +33,46 @@ app = typer.Typer(
     help="Quantize language models to 4-bit weights, activations and KV cache, and run them.\n\n"
     "Exit codes: 0 done · 2 something given cannot be used (one line says what) · 130 interrupted.",
 )
-out, err = Console(), Console(stderr=True)
+# Paths and names are data: square brackets in them are no markup.
+out, err = Console(markup=False), Console(stderr=True, markup=False)
 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 @contextmanager
-def bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress callback (phase, done, total) drawn on standard error with the time left."""
+def bars() -> Iterator[Progress]:
+    """A progress callback (phase, done, total) drawn on standard error with the time left; without a terminal a line
+    every half minute and when a phase of over two seconds ends."""
+    if not err.is_terminal:
+        begun: dict[str, float] = {}
+        told: dict[str, float] = {}
+
+        def say(phase: str, done: int, total: int) -> None:
+            now = time.perf_counter()
+            spent = now - begun.setdefault(phase, now)
+            if done == total and spent > 2:
+                err.print(f"{phase}: done in {spent:.0f} s")
+            elif done and now - told.setdefault(phase, now) > 30:
+                told[phase] = now
+                err.print(f"{phase}: {done} of {total}, about {spent / done * (total - done):.0f} s left")
+
+        yield say
+        return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
-        tasks: dict[str, int] = {}
+    with Bars(*columns, console=err, transient=True) as drawn:
+        tasks: dict[str, TaskID] = {}
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
-                tasks[phase] = progress.add_task(phase, total=total)
-            progress.update(progress.task_ids[list(tasks).index(phase)], completed=done, total=total)
+                tasks[phase] = drawn.add_task(phase, total=total)
+            drawn.update(tasks[phase], completed=done, total=total)
 
         yield show
 
@@ -80,10 +101,16 @@ def quantize(
     window_length: Annotated[
         int | None, typer.Option(help="Tokens per window.", show_default="2048 or the context")
     ] = None,
-    bits: Annotated[int, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.")] = 4,
-    head_bits: Annotated[int, typer.Option(help="Bits of lm_head: 16 or 8.")] = 16,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.", show_default="the recipe's, 4")
+    ] = None,
+    head_bits: Annotated[
+        int | None, typer.Option(help="Bits of lm_head: 16 or 8.", show_default="the recipe's, 16")
+    ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied lm_head a matrix of its own.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed of rotations and of the choice of windows.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of rotations and of the choice of windows.")
+    ] = 0,
     json_output: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint and write it packed."""
@@ -112,8 +139,8 @@ def quantize(
     total = sum(file.bytes for file in result.manifest.files.values())
     source_bytes = result.manifest.source.bytes
     out.print(
-        f"[bold]{result.directory}[/bold]: {size(total)}, {total / source_bytes:.2f} × the source's "
-        f'{size(source_bytes)}, in {result.seconds:.0f} s. Next: [cyan]resq generate {result.directory} "…"[/cyan]',
+        f"{result.directory}: {size(total)}, {total / source_bytes:.2f} × the source's "
+        f'{size(source_bytes)}, in {result.seconds:.0f} s. Next: resq generate {result.directory} "…"',
         soft_wrap=True,
     )
 
@@ -167,12 +194,12 @@ def evaluate(
 
 @app.command()
 def generate(
-    directory: Annotated[Path, typer.Argument(help="A packed checkpoint.")],
+    directory: Annotated[str, typer.Argument(help="A packed checkpoint: a directory or a hub id.")],
     prompt: Annotated[str, typer.Argument(help="The text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.")] = 128,
     temperature: Annotated[float, typer.Option(help="0 picks the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens of this mass.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
     json_output: JsonOption = False,
 ) -> None:
     """Continue a prompt, streamed as it is made."""
@@ -193,26 +220,27 @@ def generate(
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    if max_new_tokens > model.room(prompt):
+        err.print(
+            f"the context holds {model.shape.max_positions} tokens: at most {model.room(prompt)} after this prompt"
+        )
 
 
 @app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="A packed checkpoint.")], json_output: JsonOption = False
+    directory: Annotated[str, typer.Argument(help="A packed checkpoint: a directory or a hub id.")],
+    json_output: JsonOption = False,
 ) -> None:
     """What a packed checkpoint holds: recipe, bands, true bits and bytes."""
-    from resq.checkpoint.manifest import read_manifest
     from resq.measure.ledger import ledger
-    from resq.models.architecture import architecture_for
-    from resq.models.source import read_config
+    from resq.runtime.load import Opened
 
-    manifest = read_manifest(directory)
-    config = read_config(directory)
-    head_dim = architecture_for(config["model_type"]).shape(config).head_dim
-    book = ledger(manifest, head_dim)
+    opened = Opened(directory)
+    manifest, book = opened.manifest, ledger(opened.manifest, opened.shape.head_dim)
     if json_output:
         print(json.dumps({"manifest": manifest.model_dump(), "ledger": asdict(book)}))
         return
-    facts = Table(show_header=False, box=None, title=str(directory), title_justify="left")
+    facts = Table(show_header=False, box=None, title=directory, title_justify="left")
     recipe, source, calibration = manifest.recipe, manifest.source, manifest.calibration
     facts.add_row("recipe", f"{recipe.name}, seed {recipe.seed}")
     facts.add_row("basis", ", ".join(recipe.basis) or "none")
@@ -271,23 +299,38 @@ def version(show: Annotated[bool, typer.Option("--version", help="Print the vers
         raise typer.Exit
 
 
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 class Interrupted(BaseException):
     """SIGINT or SIGTERM arrived; every half-written thing is removed on the way out."""
 
 
 def _interrupt(number: int, frame: object) -> None:
+    for other in INTERRUPTS:  # what is being removed now is not interrupted again
+        signal.signal(other, signal.SIG_IGN)
     raise Interrupted
+
+
+def fail(message: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    err.print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True, highlight=False)
+    sys.exit(2)
 
 
 def main() -> None:
     """Run the command line; an unusable input is one line on standard error and exit code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    for number in INTERRUPTS:
         signal.signal(number, _interrupt)
     try:
         app()
     except InputError as error:
-        err.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
-        sys.exit(2)
+        fail(str(error))
+    except OSError as error:
+        fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions")
     except Interrupted:
-        err.print("interrupted; nothing was kept")
+        err.print("interrupted; nothing half-written was kept")
         sys.exit(130)

@@ -226,3 +226,76 @@ def test_an_interrupted_run_leaves_nothing(
     assert process.returncode == 130, errors
     assert "interrupted" in errors
     assert list(out.parent.iterdir()) == []
+
+
+def test_odd_names_and_inputs_get_one_line_or_work(checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    source, out = checkpoint(), tmp_path / "x[/b]y [4bit]"
+    done = run("quantize", source, "--out", f"{out}/", "--calibration", text, *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert str(out) in done.stdout.replace("\n", "")
+    assert run("inspect", out).returncode == 0
+    assert run("eval", out, "--text", text, "--window-length", 64).returncode == 0
+    # The context ends a generation, it does not fail it.
+    full = run("generate", out, "x" * 250, "--max-new-tokens", 50)
+    assert full.returncode == 0, full.stderr
+    one_line(run("generate", out, "x" * 300), "300 tokens", "256")
+    one_line(run("generate", out, "\udcff"), "not text")
+    one_line(run("eval", out, "--text", text, "--window-length", 0), "at least 2")
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "\\ud83d"}\n', encoding="utf-8")
+    one_line(run("eval", out, "--text", bad, "--window-length", 4), "not text")
+    chats = write_json(tmp_path / "chats.jsonl", {"messages": ["hi"]})
+    templated = checkpoint(chat=True)
+    one_line(run("quantize", templated, "--out", tmp_path / "o", "--calibration", chats, *SMALL), "chat template")
+    change(source, num_hidden_layers=1)
+    one_line(run("quantize", source, "--out", tmp_path / "o", "--calibration", text, *SMALL), "layers.1", "lost")
+
+
+def test_prompt_and_continuation_read_as_one_text(checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, decoders
+
+    source = checkpoint()
+    file = source / "tokenizer.json"
+    # A decoder that drops a text's first space, as SentencePiece models' do.
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.save(str(file))
+    model = resq.load(resq.quantize(source, tmp_path / "p", calibration=text, windows=8, window_length=32).directory)
+    space = tokenizer.encode(" ").ids[0]
+    stream = iter([space, *tokenizer.encode("a é b").ids])
+
+    class Fixed(resq.Sampling):
+        def choose(self, logits: torch.Tensor, generator: torch.Generator) -> int:
+            return next(stream)
+
+    assert model.generate("Once", max_new_tokens=7, sampling=Fixed()) == " a é b"
+
+
+def test_a_recipe_object_keeps_its_own_bits_and_head(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    from dataclasses import replace
+
+    from resq.numerics.bands import INT8
+    from resq.ptq.recipes import RESQ
+
+    mine = replace(RESQ, name="mine", precision=replace(RESQ.precision.with_low(3), head=INT8))
+    made = resq.quantize(checkpoint(), tmp_path / "p", recipe=mine, calibration=text, windows=8, window_length=32)
+    assert made.manifest.ends.head.bands == [[8, 64]]
+    assert made.manifest.layers[0].linears["down"].bands == [[3, 172]]
+
+
+def test_what_belongs_to_a_model_is_copied_and_nothing_else(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source = checkpoint()
+    for name in ("corpus.txt", "trainer_state.json", "LICENSE", "chat_template.jinja"):
+        (source / name).write_text("x", encoding="utf-8")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("y", encoding="utf-8")
+    made = resq.quantize(source, tmp_path / "p", calibration=text, windows=8, window_length=32)
+    assert (made.directory / "additional_chat_templates" / "tools.jinja").read_text(encoding="utf-8") == "y"
+    assert {"LICENSE", "chat_template.jinja", "generation_config.json"} <= {f.name for f in made.directory.iterdir()}
+    assert not (made.directory / "corpus.txt").exists()
+    assert not (made.directory / "trainer_state.json").exists()
+    assert "additional_chat_templates/tools.jinja" in made.manifest.copied

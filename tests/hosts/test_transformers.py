@@ -141,3 +141,35 @@ def test_without_import_the_load_fails_loudly(packed: Path) -> None:
 def test_import_resq_is_fast_and_loads_neither_torch_nor_transformers() -> None:
     done = fresh("import sys, resq; print([m for m in ('torch', 'transformers') if m in sys.modules])", Path())
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_more_of_what_cannot_be_right_is_refused(hosted, packed: Path) -> None:
+    with pytest.raises(InputError, match="output_hidden_states"), torch.inference_mode():
+        hosted(PROMPT, output_hidden_states=True)
+    with pytest.raises(IndexError), torch.inference_mode():
+        hosted(torch.tensor([[-100]]))
+    with pytest.raises(InputError, match="CPU only"):
+        AutoModelForCausalLM.from_pretrained(packed, device_map={"": "cuda:0"})
+
+
+def test_a_cache_made_in_inference_mode_goes_on_outside(hosted) -> None:
+    cache = DynamicCache()
+    with torch.inference_mode():
+        hosted(PROMPT[:, :4], past_key_values=cache)
+        whole = hosted(PROMPT).logits[:, 4:]
+    with torch.no_grad():
+        assert torch.equal(hosted(PROMPT[:, 4:], past_key_values=cache).logits, whole)
+
+
+def test_a_checkpoint_of_too_few_layers_is_refused(packed: Path, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(packed, broken)
+    config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
+    config["num_hidden_layers"] = 3
+    config["layer_types"] = ["full_attention"] * 3
+    (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(InputError, match="2 layers, its config.json says 3"):
+        AutoModelForCausalLM.from_pretrained(broken)

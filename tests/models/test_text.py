@@ -137,8 +137,8 @@ def test_windows_are_the_text_in_order_without_its_tail(tokenizer: Any, written:
 def test_wikitext_rows_are_joined_by_blank_lines(tokenizer: Any, written: Callable[..., Path]) -> None:
     # Rows of the data set end with their newline and blank ones are empty: " = A = \n", "", "b\n".
     file = written("wiki.raw", " = A = \n \nb")
-    tokens = all_windows(file, tokenizer, 1, wikitext=True).tokens.flatten()
-    assert torch.equal(tokens, tokenize([" = A = \n\n\n\n\nb\n"], tokenizer))
+    expected = tokenize([" = A = \n\n\n\n\nb\n"], tokenizer)
+    assert torch.equal(all_windows(file, tokenizer, len(expected), wikitext=True).tokens[0], expected)
 
 
 def test_a_text_shorter_than_one_window_is_refused(tokenizer: Any, written: Callable[..., Path]) -> None:

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from resq.numerics.moments import LEAF_WINDOWS, MomentSum, eigenbasis, second_moment, total_over
+from resq.numerics.moments import LEAF_WINDOWS, MomentSum, eigenbasis, second_moment
 
 COUNTS = (1, 7, 8, 9, 16, 24, 40, 61, 64, 100)
 
@@ -165,16 +165,6 @@ def test_merged_sums_share_no_memory() -> None:
         right.add(window)
     assert torch.equal(left.total(), merged)
     assert torch.equal(merged, accumulated(data).total())
-
-
-def test_the_total_over_sites_is_the_sum_in_order() -> None:
-    sites = [accumulated(windows(count)) for count in (3, 8, 29)]
-    totals = [site.total() for site in sites]
-    assert torch.equal(total_over(sites), (totals[0] + totals[1]) + totals[2])
-    assert torch.equal(total_over(iter(sites[:1])), totals[0])
-    assert all(torch.equal(site.total(), total) for site, total in zip(sites, totals, strict=True))
-    with pytest.raises(ValueError, match="no moments"):
-        total_over([])
 
 
 def test_the_second_moment_is_taken_in_float64() -> None:

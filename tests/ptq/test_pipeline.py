@@ -160,8 +160,8 @@ def test_progress_ends_at_its_number_of_steps(checkpoint: Callable[..., Path]) -
     seen: list[tuple[str, int, int]] = []
     job = Job(RESQ, torch.randint(3, 259, (6, 32)), 2, 0, keep_tied=True)
     quantize(Source.open(checkpoint()), job, cast(CheckpointWriter, Kept([])), lambda *report: seen.append(report))
-    assert [report for report in seen if report[0] == "rounding"] == [("rounding", step, 8) for step in range(1, 9)]
-    assert seen.index(("collecting moments", 12, 12)) < seen.index(("rounding", 1, 8))
+    assert [report for report in seen if report[0] == "rounding"] == [("rounding", step, 14) for step in range(15)]
+    assert seen.index(("collecting moments", 12, 12)) < seen.index(("rounding", 0, 14))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -25,7 +25,7 @@ ISO = Layout(4, ((6, Fraction(1, 8)),), ((2, Fraction(1, 8)),))
 
 
 def recipe(basis: tuple[Basis, ...], precision: Precision = UNIFORM) -> Recipe:
-    return Recipe("mine", basis, precision, Nearest(), "a test")
+    return Recipe("mine", basis, precision, Nearest())
 
 
 def shape(hidden: int = 64, heads: int = 8, kv_heads: int = 2, head_dim: int = 16, ffn: int = 172) -> Shape:

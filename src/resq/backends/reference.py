@@ -123,6 +123,8 @@ class Store:
             for part, old in zip(grown, self._parts, strict=False):
                 part[:, : self.length] = old[:, : self.length]
             self._parts = grown
+        elif self._parts[0].is_inference() and not torch.is_inference_mode_enabled():
+            self._parts = [part.clone() for part in self._parts]  # made inside inference mode, continued outside
         for part, values in zip(self._parts, new, strict=True):
             part[:, self.length : need] = values
         self.length = need

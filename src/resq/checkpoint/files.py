@@ -119,6 +119,17 @@ class _Tensors:
         )
 
 
+def check_free(out: Path) -> None:
+    """Raises InputError when there is something at `out`, or no way to look."""
+    try:
+        out.lstat()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+    raise InputError(f"{out} exists already; choose another --out or remove it first")
+
+
 class CheckpointWriter:
     """State: a checkpoint being written to a hidden directory beside its place; `close` renames it there.
 
@@ -128,8 +139,7 @@ class CheckpointWriter:
 
     def __init__(self, out: Path) -> None:
         self.out = out
-        if out.exists() or out.is_symlink():
-            raise InputError(f"{out} exists already; choose another --out or remove it first")
+        check_free(out)
         # A random name: a process id comes back after a crash, in a container with every run.
         self._work = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         try:
@@ -204,12 +214,17 @@ class CheckpointWriter:
         """Write a small UTF-8 file."""
         self._add_small(name, text.encode())
 
-    def add_copy(self, source: Path) -> None:
-        """Copy a file as it is (tokenizer, generation config, chat template)."""
-        self._add_small(source.name, source.read_bytes())
+    def add_copy(self, source: Path, name: str) -> None:
+        """Copy a small file as it is, to `name` (tokenizer, generation config, chat template)."""
+        try:
+            content = source.read_bytes()
+        except OSError as error:
+            raise InputError(f"{source} cannot be read: {error.strerror}; check its permissions") from error
+        self._add_small(name, content)
 
     def _add_small(self, name: str, content: bytes) -> None:
         try:
+            (self._work / name).parent.mkdir(exist_ok=True)
             (self._work / name).write_bytes(content)
         except OSError as error:
             raise _write_error(self.out, error) from error
@@ -232,10 +247,11 @@ class CheckpointWriter:
         self.add_text(INDEX_FILE, json.dumps(index, indent=1) + "\n")
         self.add_text(MANIFEST_FILE, manifest.to_json())
         try:
-            for path in self._work.iterdir():
+            for path in self._work.rglob("*"):
                 if path.name not in self._files:
                     _sync(path)
             _sync(self._work)
+            check_free(self.out)
             os.rename(self._work, self.out)
             _sync(self.out.parent)
         except OSError as error:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from resq.errors import CheckpointError
 
@@ -45,7 +45,7 @@ class LinearEntry(_Strict):
     """A linear: `name` is the prefix of its tensors; bands null means plain weights `<name>.weight`."""
 
     name: str
-    shape: list[int]
+    shape: list[int] = Field(min_length=2, max_length=2)
     bands: list[list[int]] | None
     bias: bool
 
@@ -57,13 +57,24 @@ class NormEntry(_Strict):
     gain: str | None
 
 
+def complete(*keys: str) -> AfterValidator:
+    """A dict must have exactly these keys."""
+
+    def check(entries: dict[str, Any]) -> dict[str, Any]:
+        if set(entries) != set(keys):
+            raise ValueError(f"it has {', '.join(entries) or 'nothing'}; it must have {', '.join(keys)}")
+        return entries
+
+    return AfterValidator(check)
+
+
 class LayerEntry(_Strict):
     """One decoder layer and the file that holds it."""
 
     file: str
-    linears: dict[str, LinearEntry]
-    norms: dict[str, NormEntry]
-    inputs: dict[str, FormatEntry]
+    linears: Annotated[dict[str, LinearEntry], complete("q", "k", "v", "o", "gate", "up", "down")]
+    norms: Annotated[dict[str, NormEntry], complete("attn_in", "mlp_in")]
+    inputs: Annotated[dict[str, FormatEntry], complete("attn_in", "o_in", "mlp_in", "down_in")]
     query: FormatEntry
     key: FormatEntry
     value: FormatEntry
@@ -130,7 +141,7 @@ class Manifest(_Strict):
     source: SourceEntry
     calibration: CalibrationEntry | None
     ends: EndsEntry
-    layers: list[LayerEntry]
+    layers: list[LayerEntry] = Field(min_length=1)
     files: dict[str, FileEntry]
     copied: dict[str, FileEntry]
     notes: list[str] = Field(default_factory=list)

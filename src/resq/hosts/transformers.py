@@ -22,13 +22,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resq.backends.backend import Backend, LayerCache
 from resq.backends.reference import REFERENCE
-from resq.checkpoint.files import CheckpointReader
 from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE
 from resq.errors import CheckpointError, InputError
 from resq.models import decoder
 from resq.models.architecture import Shape, architecture_for
 from resq.models.decoder import Ends, Layer, Positions
-from resq.runtime.load import ends_from, layer_from
+from resq.runtime.load import Opened
 
 
 class ResQConfig(QuantizationConfigMixin):
@@ -66,8 +65,7 @@ class Shared:
 
     shape: Shape
     ops: Backend
-    _mask: weakref.ref[Tensor] | None = None
-    _starts: Tensor | None = None
+    _seen: tuple[weakref.ref[Tensor], Tensor | None] | None = None
 
     def starts(self, mask: Tensor | None, past: int, tokens: int) -> Tensor | None:
         """First valid slot of each row, int64 [b], from transformers' 4-D mask; None for plain causal attention.
@@ -77,24 +75,27 @@ class Shared:
         """
         if mask is None:
             return None
-        if self._mask is not None and self._mask() is mask:
-            return self._starts
-        length = past + tokens
-        keep = mask[..., :length] if mask.dtype == torch.bool else mask[..., :length] == 0
-        keep = keep[:, 0, -tokens:]
-        slot = torch.arange(length, device=mask.device)
-        query = slot[past:]
-        # Rows of real tokens see at least themselves.
-        real = keep[:, query - past, query]
-        seen = keep & real[:, :, None]
-        starts = torch.where(seen, slot, length).amin(dim=(1, 2)).clamp(max=length - 1)
-        allowed = (slot <= query[:, None])[None] & (slot[None, None] >= starts[:, None, None])
-        if not torch.equal(seen, allowed & real[:, :, None]):
-            raise InputError(
-                "the attention mask is not causal with padding at one end; pad on the left, one text per row"
-            )
-        self._mask, self._starts = weakref.ref(mask), starts if bool(starts.any()) else None
-        return self._starts
+        seen = self._seen
+        if seen is None or seen[0]() is not mask:
+            seen = self._seen = weakref.ref(mask), left_padding(mask, past, tokens)
+        return seen[1]
+
+
+def left_padding(mask: Tensor, past: int, tokens: int) -> Tensor | None:
+    """First valid slot of each row of a mask [b, 1, tokens, slots], bool or additive; None where no row is padded."""
+    length = past + tokens
+    keep = mask[..., :length] if mask.dtype == torch.bool else mask[..., :length] == 0
+    keep = keep[:, 0, -tokens:]
+    slot = torch.arange(length, device=mask.device)
+    query = slot[past:]
+    # Rows of real tokens see at least themselves.
+    real = keep[:, query - past, query]
+    seen = keep & real[:, :, None]
+    starts = torch.where(seen, slot, length).amin(dim=(1, 2)).clamp(max=length - 1)
+    allowed = (slot <= query[:, None])[None] & (slot[None, None] >= starts[:, None, None])
+    if not torch.equal(seen, allowed & real[:, :, None]):
+        raise InputError("the attention mask is not causal with padding at one end; pad on the left, one text per row")
+    return starts if bool(starts.any()) else None
 
 
 class ResQCacheLayer(CacheLayerMixin):
@@ -197,7 +198,10 @@ class _Held(nn.Module):
         """Refuse other devices and ignore dtype changes: integers, scales and maps are exact as stored."""
         for buffer in self.buffers(recurse=False):
             if fn(buffer[:0]).device != buffer.device:
-                raise InputError("this checkpoint runs on the reference backend, on the CPU only; leave it there")
+                raise InputError(
+                    "this checkpoint runs on the reference backend, on the CPU only; leave it there "
+                    "(in a pipeline: device='cpu')"
+                )
         return self
 
 
@@ -223,6 +227,9 @@ class ResQDecoderLayer(_Held):
     ) -> Tensor:
         """hidden [b, t, d] -> [b, t, d] float32."""
         assert self.layer is not None
+        for wanted in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(wanted):
+                raise InputError(f"{wanted} is not available from a packed model; leave it out")
         shared, formats = self.shared, self.layer.heads
 
         def make() -> LayerCache:
@@ -239,12 +246,18 @@ class ResQDecoderLayer(_Held):
 
 
 class _Embedding(_Held):
-    """Rows of the 16-bit table as float32."""
+    """Rows of the 16-bit table as float32, in the checkpoint's own basis."""
 
     def __init__(self, shared: Shared) -> None:
         super().__init__()
         self.shared = shared
         self.ends: Ends | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The table [vocab, hidden], read only."""
+        assert self.ends is not None
+        return self.ends.embed
 
     def forward(self, tokens: Tensor) -> Tensor:
         assert self.ends is not None
@@ -278,11 +291,20 @@ class ResQQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._directory: Path | None = None
+        self._opened: Opened | None = None
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Float tensors between operators are float32, whatever was asked for."""
         return torch.float32
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Everything stays on the CPU; a map that says otherwise is refused."""
+        places = device_map.values() if isinstance(device_map, dict) else [device_map]
+        if any(place is not None and str(place) not in ("cpu", "auto") for place in places):
+            raise InputError(
+                f"device_map {device_map!r} is not possible: the reference backend runs on the CPU only; leave it out"
+            )
+        return None if device_map is None else {"": "cpu"}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Attention is ours; sdpa only decides how transformers builds its masks."""
@@ -301,13 +323,14 @@ class ResQQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> None:
         if not checkpoint_files:
             raise CheckpointError("transformers named no checkpoint files; load a directory written by resq quantize")
-        self._directory = _with_manifest(Path(checkpoint_files[0]), model.config.name_or_path)
+        directory = _with_manifest(Path(checkpoint_files[0]), model.config.name_or_path)
         architecture = architecture_for(model.config.model_type)
         if model.get_output_embeddings() is None or not type(model).__name__.endswith("ForCausalLM"):
             raise InputError(
                 f"{type(model).__name__} cannot be loaded from a packed checkpoint; use AutoModelForCausalLM"
             )
-        shape = architecture.shape(model.config.to_dict())
+        self._opened = Opened(directory)
+        shape = self._opened.shape
         shared = Shared(shape, REFERENCE)
         model.set_submodule(architecture.embed, _Embedding(shared))
         model.set_submodule(architecture.final_norm, _Pass())
@@ -323,16 +346,15 @@ class ResQQuantizer(HfQuantizer):
         model._no_split_modules = {ResQDecoderLayer.__name__}
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        assert self._directory is not None
-        architecture = architecture_for(model.config.model_type)
-        reader = CheckpointReader(self._directory)
+        assert self._opened is not None
+        opened, architecture = self._opened, architecture_for(model.config.model_type)
         embedding, head = model.get_submodule(architecture.embed), model.get_submodule(architecture.head)
         shared: Shared = embedding.shared
-        ends = ends_from(reader.ends(), shared.shape).prepacked(shared.ops)
+        ends = opened.ends().prepacked(shared.ops)
         embedding.ends = ends
         head.ends = head.hold(ends)
-        for index, entry in enumerate(reader.manifest.layers):
-            layer = layer_from(reader.layer(index), shared.shape, entry.file).prepacked(shared.ops)
+        for index in range(opened.shape.layers):
+            layer = opened.layer(index).prepacked(shared.ops)
             model.get_submodule(f"{architecture.layers}.{index}").fill(layer)
         # model.device and model.dtype ask the parameters; the norm's place is free.
         anchor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)

@@ -7,8 +7,7 @@ from typing import Any
 
 TEMPLATE = """---
 library_name: resq
-base_model: {source}
-tags: [resq, int4, w4a4kv4]
+{base}tags: [resq, int4, w4a4kv4]
 ---
 # {name}
 
@@ -47,8 +46,8 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 """
 
 
-def model_card(header: Mapping[str, Any], name: str) -> str:
-    """Markdown for the header that goes into the manifest."""
+def model_card(header: Mapping[str, Any], name: str, *, hub: bool) -> str:
+    """Markdown for the header that goes into the manifest; `hub` says that the source's name is a hub id."""
     recipe, source, calibration = header["recipe"], header["source"], header["calibration"]
     words = "none"
     if calibration is not None:
@@ -56,6 +55,7 @@ def model_card(header: Mapping[str, Any], name: str) -> str:
         words += f", {calibration.rounding_windows} for rounding"
     return TEMPLATE.format(
         name=name,
+        base=f'base_model: "{source.name}"\n' if hub else "",
         source=source.name,
         recipe=recipe.name,
         basis=", ".join(recipe.basis) or "none",

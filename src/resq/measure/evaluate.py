@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from resq.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from resq.measure.perplexity import open_streamed, paired_interval, perplexity, window_nll
+from resq.measure.perplexity import check_windows, open_streamed, paired_interval, perplexity, window_nll
 from resq.models.text import all_windows, load_tokenizer
+from resq.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def evaluate(
     *,
     window_length: int,
     wikitext: bool = False,
-    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
+    progress: Progress = silent,
 ) -> list[Row]:
     """One row per checkpoint; each is tokenized by its own tokenizer. Raises InputError for anything unusable."""
     rows: list[Row] = []
@@ -52,6 +53,7 @@ def evaluate(
     for number, model in enumerate(models):
         progress("tokenizing", number, len(models))
         windows.append(all_windows(text, load_tokenizer(model.path), window_length, wikitext=wikitext))
+        check_windows(model, windows[-1].tokens)
     progress("tokenizing", len(models), len(models))
     for model, chosen in zip(models, windows, strict=True):
         started = time.perf_counter()

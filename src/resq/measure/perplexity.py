@@ -12,18 +12,16 @@ from torch.nn import functional as F
 
 from resq.backends.backend import Backend
 from resq.backends.reference import REFERENCE, dense
-from resq.checkpoint.files import CheckpointReader
 from resq.checkpoint.manifest import MANIFEST_FILE
 from resq.errors import InputError
 from resq.models import decoder
-from resq.models.architecture import Shape, architecture_for
+from resq.models.architecture import Shape
 from resq.models.decoder import Ends, Layer, Positions
-from resq.models.source import Source, locate, read_config
-from resq.runtime.load import ends_from, layer_from
+from resq.models.source import Source, locate
+from resq.runtime.load import Opened
 
 # Bytes of hidden states and of logits held at once.
 HIDDEN_BYTES, LOGIT_BYTES = 2**31, 2**28
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -47,39 +45,40 @@ class Streamed:
             yield self.read_layer(index).prepacked(self.ops)
 
 
-def open_streamed(path: str | Path) -> Streamed:
-    """A packed checkpoint (reference operators) or a 16-bit source (float32), told apart by resq.json."""
-    if (Path(path) / MANIFEST_FILE).is_file():
-        reader = CheckpointReader(Path(path))
-        config = read_config(Path(path))
-        shape = architecture_for(config["model_type"]).shape(config)
-        return Streamed(
-            str(path),
-            Path(path),
-            shape,
-            REFERENCE,
-            lambda: ends_from(reader.ends(), shape),
-            lambda index: layer_from(reader.layer(index), shape, reader.manifest.layers[index].file),
+def open_streamed(checkpoint: str | Path) -> Streamed:
+    """A packed checkpoint (reference operators) or a 16-bit source (float32), told apart by resq.json; a directory or a
+    hub id."""
+    path = locate(checkpoint)
+    if (path / MANIFEST_FILE).is_file():
+        opened = Opened(path)
+        return Streamed(str(checkpoint), path, opened.shape, REFERENCE, opened.ends, opened.layer)
+    source = Source(path, str(checkpoint))
+    return Streamed(str(checkpoint), path, source.shape, dense(torch.float32), source.ends, source.layer)
+
+
+def check_windows(model: Streamed, windows: Tensor) -> None:
+    """Raises InputError when windows int64 [windows, length] do not suit a model."""
+    if windows.shape[1] > model.shape.max_positions:
+        raise InputError(
+            f"windows of {windows.shape[1]} tokens are longer than the context of {model.name}, "
+            f"{model.shape.max_positions}; use a shorter --window-length"
         )
-    source = Source(locate(path), str(path))
-    return Streamed(str(path), source.path, source.shape, dense(torch.float32), source.ends, source.layer)
+    if windows.shape[1] < 2:
+        raise InputError(f"a window of {windows.shape[1]} tokens predicts nothing; use at least 2")
+    if int(windows.max()) >= model.shape.vocab:
+        raise InputError(f"token {int(windows.max())} is outside the vocabulary of {model.name}, {model.shape.vocab}")
 
 
 @torch.inference_mode()
-def window_nll(model: Streamed, windows: Tensor, progress: Progress = lambda done, total: None) -> Tensor:
+def window_nll(
+    model: Streamed, windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Tensor:
     """Mean negative log-likelihood in nats of each window, float64 [windows]; windows int64 [windows, length].
 
     The first token of a window has nothing before it and is not predicted. Logits and log-softmax are float32.
     """
     shape, (count, length) = model.shape, windows.shape
-    if length > shape.max_positions:
-        raise InputError(
-            f"windows of {length} tokens are longer than the context of {model.name}, {shape.max_positions}"
-        )
-    if length < 2:
-        raise InputError(f"a window of {length} tokens predicts nothing; use at least 2")
-    if int(windows.max()) >= shape.vocab:
-        raise InputError(f"token {int(windows.max())} is outside the vocabulary of {model.name}, {shape.vocab}")
+    check_windows(model, windows)
     batch = max(1, min(count, 2048 // length))
     group = max(batch, HIDDEN_BYTES // (4 * length * shape.hidden) // batch * batch)
     ends = model.ends()
@@ -94,6 +93,7 @@ def window_nll(model: Streamed, windows: Tensor, progress: Progress = lambda don
                 hidden[index] = decoder.forward_layer(model.ops, shape, layer, hidden[index], at)
                 done += 1
                 progress(min(done, total), total)
+            del layer
         for part, states in zip(parts, hidden, strict=True):
             losses.append(_losses(model.ops, ends, states, part, shape.vocab))
             done += 1

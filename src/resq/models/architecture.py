@@ -115,6 +115,9 @@ class Architecture:
         reason = self.refuse(config)
         if reason:
             raise InputError(f"this {config['model_type']} model cannot be quantized: {reason}")
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
+            if config[key] < 1:
+                raise InputError(f"config.json has {key} {config[key]}; it must be at least 1")
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         kv_heads = config.get("num_key_value_heads") or heads
@@ -157,6 +160,6 @@ def architecture_for(model_type: str) -> Architecture:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise InputError(
             f"model type {model_type!r} is not supported; supported are {', '.join(sorted(described))}{hint} "
-            "(docs/add-a-model.md says how to describe another)"
+            "(ARCHITECTURE.md says how to describe another)"
         )
     return described[model_type]

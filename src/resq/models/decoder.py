@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resq.models.architecture import Point, Role, Shape
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
@@ -106,7 +107,7 @@ def forward_layer(
 
 def embed(ops: Backend, ends: Ends, tokens: Tensor) -> Tensor:
     """Rows of the embedding table: tokens int64 [b, t] -> [b, t, d]."""
-    return ends.embed[tokens].to(ops.dtype)
+    return F.embedding(tokens, ends.embed).to(ops.dtype)
 
 
 def logits(ops: Backend, ends: Ends, hidden: Tensor) -> Tensor:

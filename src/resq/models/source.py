@@ -19,7 +19,7 @@ from resq.models.decoder import Ends, Layer
 from resq.numerics.formats import PLAIN, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 
-SOURCE_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+HEADER_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # What a hub download needs: weights, configuration, tokenizer, chat template.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 
@@ -36,10 +36,12 @@ def locate(source: str | Path) -> Path:
             f"no checkpoint directory at {text}; give a directory with config.json or a hub id like org/name"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS))
+    except GatedRepoError as error:
+        raise InputError(f"{text} is gated: accept its licence on the hub, then log in with `hf auth login`") from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -47,16 +49,34 @@ def locate(source: str | Path) -> Path:
         ) from error
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises InputError when the file is something else."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} holds no JSON object; fetch it again")
+    return value
+
+
+def read_generation_config(path: Path) -> dict[str, Any]:
+    """generation_config.json, empty when there is none. Raises InputError for end tokens that are no integers."""
+    file = path / "generation_config.json"
+    config = read_object(file) if file.is_file() else {}
+    ends = config.get("eos_token_id")
+    if ends is not None and not all(isinstance(token, int) for token in (ends if isinstance(ends, list) else [ends])):
+        raise InputError(f"{file} has eos_token_id {ends!r}; it must be an integer or a list of them")
+    return config
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json with transformers' defaults filled in. Raises InputError when it is missing or of an unknown type."""
     file = path / "config.json"
     if not file.is_file():
         raise InputError(f"{path} has no config.json; give a Hugging Face checkpoint directory")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("model_type"), str):
+    raw = read_object(file)
+    if not isinstance(raw.get("model_type"), str):
         raise InputError(f"{file} names no model_type; give a Hugging Face checkpoint directory")
     architecture_for(raw["model_type"])
     from huggingface_hub.errors import StrictDataclassError
@@ -81,12 +101,54 @@ class Source:
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
         self.config = read_config(path)
-        if quantized := json.loads((path / "config.json").read_text(encoding="utf-8")).get("quantization_config"):
+        if quantized := read_object(path / "config.json").get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise InputError(f"{name} is already quantized ({method}); give the 16- or 32-bit original")
         self.architecture: Architecture = architecture_for(self.config["model_type"])
         self.shape: Shape = self.architecture.shape(self.config)
         self._files: dict[str, Any] = {}
+        read_generation_config(path)
+        self._check_headers()
+
+    def _check_headers(self) -> None:
+        """Every tensor that is read must be there with its shape and a known dtype, and none may be left over: a weight
+        that this architecture does not read would silently become another model."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        optional: dict[str, tuple[int, ...]] = {}
+        for index in range(self.shape.layers):
+            for role, (out, inner) in self.shape.sizes().items():
+                shapes[f"{self.linear_name(index, role)}.weight"] = (out, inner)
+                optional[f"{self.linear_name(index, role)}.bias"] = (out,)
+            for name in self.architecture.norms.values():
+                shapes[f"{self.layer_prefix(index)}.{name}.weight"] = (self.shape.hidden,)
+        table = (self.shape.vocab, self.shape.hidden)
+        shapes[f"{self.architecture.embed}.weight"] = table
+        shapes[f"{self.architecture.final_norm}.weight"] = (self.shape.hidden,)
+        (optional if self.shape.tied else shapes)[f"{self.architecture.head}.weight"] = table
+        for name in sorted(shapes.keys() - self.index.keys()):
+            raise InputError(
+                f"{self.name} has no tensor {name}; its config.json and its weights do not belong together"
+            )
+        known = shapes | optional
+        for name in sorted(self.index):
+            if name in known:
+                self._check_header(name, known[name])
+            elif not name.endswith("rotary_emb.inv_freq"):
+                raise InputError(
+                    f"{self.name} has a tensor {name}, which a {self.config['model_type']} model of its config.json "
+                    "does not have; it would be lost"
+                )
+
+    def _check_header(self, name: str, shape: tuple[int, ...]) -> None:
+        try:
+            header = self._open(self.index[name]).get_slice(name)
+        except SafetensorError as error:
+            raise InputError(f"{self.name} has no tensor {name} in {self.index[name]}; fetch it again") from error
+        if tuple(header.get_shape()) != shape:
+            raise InputError(f"tensor {name} has shape {tuple(header.get_shape())}, its config.json says {shape}")
+        if header.get_dtype() not in HEADER_DTYPES:
+            accepted = ", ".join(HEADER_DTYPES.values())
+            raise InputError(f"tensor {name} has dtype {header.get_dtype()}; accepted are {accepted}")
 
     @classmethod
     def open(cls, source: str | Path) -> Source:
@@ -101,9 +163,9 @@ class Source:
         if index_file.is_file():
             try:
                 index = dict(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, TypeError, KeyError) as error:
+                missing = sorted({file for file in index.values() if not (self.path / file).is_file()})
+            except (ValueError, TypeError, KeyError, RecursionError) as error:
                 raise InputError(f"{index_file} is not an index of safetensors ({error!r}); fetch it again") from error
-            missing = sorted({file for file in index.values() if not (self.path / file).is_file()})
             if missing:
                 raise InputError(
                     f"{self.name} lacks {missing[0]}, named in model.safetensors.index.json; fetch it again"
@@ -148,27 +210,15 @@ class Source:
             hashes[file] = digest.hexdigest()
         return hashes
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor in its stored dtype. Raises InputError when it is missing, of another shape or dtype, or not
-        finite; the message names it."""
-        if name not in self.index:
-            raise InputError(
-                f"{self.name} has no tensor {name}; its config.json and its weights do not belong together"
-            )
+    def tensor(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Raises InputError naming it when it is not finite."""
         value = self._open(self.index[name]).get_tensor(name)
-        if tuple(value.shape) != shape:
-            raise InputError(f"tensor {name} has shape {tuple(value.shape)}, its config.json says {shape}")
-        if value.dtype not in SOURCE_DTYPES:
-            accepted = ", ".join(SOURCE_DTYPES.values())
-            raise InputError(
-                f"tensor {name} has dtype {str(value.dtype).removeprefix('torch.')}; accepted are {accepted}"
-            )
         if not torch.isfinite(value).all():
             raise InputError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, fetch it again")
         return value
 
-    def _optional(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
-        return self.tensor(name, shape) if name in self.index else None
+    def _optional(self, name: str) -> Tensor | None:
+        return self.tensor(name) if name in self.index else None
 
     def layer_prefix(self, index: int) -> str:
         """Name before every tensor of layer `index`."""
@@ -181,29 +231,31 @@ class Source:
     def layer(self, index: int) -> Layer:
         """Decoder layer `index` as it is stored, nothing rounded."""
         linears = {}
-        for role, (out, inner) in self.shape.sizes().items():
+        for role in self.shape.sizes():
             name = self.linear_name(index, role)
-            linears[role] = DenseLinear(
-                self.tensor(f"{name}.weight", (out, inner)), self._optional(f"{name}.bias", (out,))
-            )
+            linears[role] = DenseLinear(self.tensor(f"{name}.weight"), self._optional(f"{name}.bias"))
         norms = {
-            point: Norm(self.shape.eps, self.tensor(f"{self.layer_prefix(index)}.{name}.weight", (self.shape.hidden,)))
+            point: Norm(self.shape.eps, self.tensor(f"{self.layer_prefix(index)}.{name}.weight"))
             for point, name in self.architecture.norms.items()
         }
         return Layer(linears, norms, HeadFormats(), window=self.shape.window)
 
     def ends(self) -> Ends:
         """Embedding, final norm and head; a tied head is the embedding table itself (the same tensor)."""
-        table = (self.shape.vocab, self.shape.hidden)
-        embed = self.tensor(f"{self.architecture.embed}.weight", table)
-        norm = Norm(self.shape.eps, self.tensor(f"{self.architecture.final_norm}.weight", (self.shape.hidden,)))
-        head = embed if self.shape.tied else self.tensor(f"{self.architecture.head}.weight", table)
+        embed = self.embedding()
+        norm = Norm(self.shape.eps, self.tensor(f"{self.architecture.final_norm}.weight"))
+        head = embed if self.shape.tied else self.tensor(f"{self.architecture.head}.weight")
         return Ends(embed, norm, PLAIN, DenseLinear(head))
+
+    def embedding(self) -> Tensor:
+        """The embedding table [vocab, hidden]."""
+        return self.tensor(f"{self.architecture.embed}.weight")
 
     @cached_property
     def dtype(self) -> str:
         """Name of the embedding's dtype, which stands for the checkpoint's."""
-        return SOURCE_DTYPES[self.ends().embed.dtype]
+        name = f"{self.architecture.embed}.weight"
+        return HEADER_DTYPES[self._open(self.index[name]).get_slice(name).get_dtype()]
 
     def parameters(self) -> int:
         """Weights of the model, a tied table counted once."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from resq.errors import InputError
@@ -52,7 +53,7 @@ def read_documents(file: Path, tokenizer: Any) -> list[str]:
             f"no text at {file}; give a UTF-8 text file, or a .jsonl with `text` or `messages` in each line"
         )
     try:
-        content = file.read_text(encoding="utf-8")
+        content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text ({error}); convert it first") from error
     if file.suffix != ".jsonl":
@@ -63,26 +64,39 @@ def read_documents(file: Path, tokenizer: Any) -> list[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{file}, line {number} is not JSON: {error}") from error
         if isinstance(record, dict) and isinstance(record.get("text"), str):
             documents.append(record["text"])
         elif isinstance(record, dict) and isinstance(record.get("messages"), list):
             if not tokenizer.chat_template:
                 raise InputError(f"{file} holds chats but the tokenizer has no chat template; give `text` instead")
-            documents.append(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+            try:
+                documents.append(tokenizer.apply_chat_template(record["messages"], tokenize=False))
+            except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise InputError(f"{file}, line {number}: the chat template refuses the messages: {reason}") from error
         else:
             raise InputError(f"{file}, line {number} has neither `text` nor `messages`")
     return documents
+
+
+def encode(text: str, tokenizer: Any, what: str, *, special: bool = True) -> list[int]:
+    """Token ids of one text. Raises InputError for characters that are no UTF-8 text (lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{what} holds characters that are not text ({error.reason}); remove them") from error
+    return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
 
 def tokenize(documents: Sequence[str], tokenizer: Any) -> Tensor:
     """All documents one after the other, int64 [tokens]; each is encoded as the tokenizer does by default (with its
     beginning-of-text token where it adds one), and not twice when a chat template wrote it."""
     ids: list[int] = []
-    for document in documents:
+    for number, document in enumerate(documents, start=1):
         begins = bool(tokenizer.bos_token) and document.startswith(tokenizer.bos_token)
-        ids.extend(tokenizer(document, add_special_tokens=not begins, verbose=False)["input_ids"])
+        ids.extend(encode(document, tokenizer, f"document {number}", special=not begins))
     return torch.tensor(ids, dtype=torch.int64)
 
 
@@ -105,6 +119,8 @@ def all_windows(file: Path, tokenizer: Any, length: int, *, wikitext: bool = Fal
     wikitext: the file is a WikiText split whose lines are the rows of the data set (each ends with its newline, blank
     rows are empty); they are joined by blank lines, the text that published perplexities are taken on.
     """
+    if length < 2:
+        raise InputError(f"a window of {length} tokens predicts nothing; use at least 2")
     documents = read_documents(file, tokenizer)
     if wikitext:
         lines = [line for document in documents for line in document.removesuffix("\n").split("\n")]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -82,13 +80,3 @@ def eigenbasis(moment: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh((moment + moment.mT) / 2)
     pivot = vectors.gather(-2, vectors.abs().argmax(dim=-2, keepdim=True))
     return values, vectors * torch.where(pivot < 0, -1.0, 1.0)
-
-
-def total_over(moments: Iterable[MomentSum]) -> Tensor:
-    """The sum of several sites' moments (such as every layer's residual inputs), in the order given."""
-    result: Tensor | None = None
-    for moment in moments:
-        result = moment.total() if result is None else result.add_(moment.total())
-    if result is None:
-        raise ValueError("no moments were given")
-    return result

@@ -21,10 +21,11 @@ from resq.numerics.formats import HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
 from resq.numerics.moments import MomentSum
+from resq.progress import Progress
 from resq.ptq.placement import Placement
 from resq.ptq.recipe import At, Moments, Precision, Recipe, Setting
 from resq.ptq.rounding.nearest import Nearest
-from resq.ptq.statistics import Progress, check_finite, collect, in_dtype
+from resq.ptq.statistics import check_finite, collect, in_dtype
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     ops = dense(torch.float32)
     recipe, shape = job.recipe, source.shape
     check_sizes(recipe.precision, shape)
+    for basis in recipe.basis:
+        basis.check(shape, job.tokens.numel())
     moments = collect(source, ops, job.tokens, recipe.needs, progress)
     placement = Placement(shape, fit_maps(recipe, moments, shape, job.seed), recipe.precision, recipe.folds_norms)
 
@@ -83,11 +86,13 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
 
     names = _layer_names(source)
     reports = []
+    progress("rounding", 0, shape.layers * len(Role))
     for index in range(shape.layers):
         layer = placement.layer(source.layer(index), index)
         packed = round_layer(ops, shape, layer, recipe, hidden, reports, index, progress)
         parts = Parts({**packed.linears}, {**packed.norms}, {**packed.inputs}, packed.heads, packed.window)
         writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
+        del layer, packed, parts
     return reports
 
 
@@ -111,7 +116,6 @@ def round_layer(
     norms = {point: _stored_norm(norm) for point, norm in layer.norms.items()}
     stored = replace(layer, linears=dict(layer.linears), norms=norms, heads=_stored_heads(layer.heads))
     at = Positions.following(shape, 0, 1, hidden[0].shape[1]) if hidden else None
-    steps = shape.layers * len(READERS)
 
     def round_group(point: Point, moment: Tensor | None) -> None:
         for role in READERS[point]:
@@ -129,7 +133,7 @@ def round_layer(
             run.linears[role] = DenseLinear(rounded.to(ops.dtype), None if bias is None else bias.to(ops.dtype))
             error = relative_error(weight, rounded, moment)
             reports.append(LinearReport(index, role, error, damping, time.perf_counter() - started))
-        progress("rounding", index * len(READERS) + list(READERS).index(point) + 1, steps)
+            progress("rounding", len(reports), shape.layers * len(Role))
 
     def moment_of(inputs: list[Tensor]) -> Tensor | None:
         if not inputs:

@@ -173,6 +173,10 @@ class Basis(Protocol):
         """Sites this basis gives maps for."""
         ...
 
+    def check(self, shape: Shape, tokens: int) -> None:
+        """Raises InputError before any work when this model or so few calibration tokens cannot be fitted."""
+        ...
+
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
         """Maps in float64."""
         ...
@@ -204,7 +208,6 @@ class Recipe:
     basis: tuple[Basis, ...]
     precision: Precision
     rounding: Rounding
-    summary: str
 
     def __post_init__(self) -> None:
         taken: set[Site] = set()

@@ -14,28 +14,28 @@ from resq.ptq.recipe import Precision, Recipe
 from resq.ptq.rounding.gptq import Gptq
 from resq.ptq.rounding.nearest import Nearest
 
+# The model as it is, everything rounded to nearest: the floor.
 RTN = Recipe(
     name="rtn",
     basis=(),
     precision=Precision(weights=INT4, inputs=INT4, key=INT4, value=INT4),
     rounding=Nearest(),
-    summary="the model as it is, everything rounded to nearest: the floor",
 )
 
+# 4 bit with the top 1/8 PCA subspace in 8 bit, random rotations inside each band, GPTQ.
 RESQ = Recipe(
     name="resq",
     basis=(pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY, balance_heads=True), GatherHeads(), HadamardBasis()),
     precision=Precision(),
     rounding=Gptq(),
-    summary="4 bit with the top 1/8 PCA subspace in 8 bit, random rotations inside, GPTQ",
 )
 
+# ResQ as the authors' simulation does it: o_proj's input ranged per head, query/key rotation and its inputs in 8 bit.
 RESQ_PAPER = replace(
     RESQ,
     name="resq-paper",
     basis=(pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY), GatherHeads(), HadamardBasis()),
     precision=replace(RESQ.precision, output_per_head=True, rotation_bits=8),
-    summary="resq as the authors' simulation does it: o_proj input ranged per head, 8-bit query/key rotation",
 )
 
 RECIPES: dict[str, Recipe] = {recipe.name: recipe for recipe in (RTN, RESQ, RESQ_PAPER)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from resq.backends.backend import Backend
 from resq.errors import InputError
@@ -15,10 +16,9 @@ from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
 from resq.numerics.linear import DenseLinear
 from resq.numerics.moments import MomentSum
+from resq.progress import Progress
 from resq.ptq.placement import fold_norms
 from resq.ptq.recipe import Moments, Statistic
-
-Progress = Callable[[str, int, int], None]
 
 
 def in_dtype(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -50,9 +50,9 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
     shape, count = source.shape, tokens.shape[0]
     if not needs:
         return Moments(tokens.numel())
-    ends = source.ends()
-    hidden = [decoder.embed(ops, ends, window[None]) for window in tokens]
-    del ends
+    table = source.embedding()
+    hidden = [F.embedding(window[None], table).to(ops.dtype) for window in tokens]
+    del table
     at = Positions.following(shape, 0, 1, tokens.shape[1])
     residual: Tensor | None = None
     values: list[Tensor] = []
@@ -84,6 +84,7 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
             values.append(value_sum.total())
         if Statistic.KEY in needs:
             keys.append(key_sum.total())
+        del layer
     return Moments(
         tokens.numel(),
         residual,

@@ -31,7 +31,9 @@ class Sampling:
         """One token id from logits float32 [vocab]."""
         if self.temperature == 0.0:
             return int(logits.argmax())
-        probability, order = torch.softmax(logits.double() / self.temperature, dim=-1).sort(descending=True)
+        probability, order = torch.softmax((logits - logits.max()).double() / self.temperature, dim=-1).sort(
+            descending=True
+        )
         # Keep a token while the mass before it is below top_p: at least one always stays.
         probability[probability.cumsum(-1) - probability >= self.top_p] = 0.0
         return int(order[torch.multinomial(probability, 1, generator=generator)])

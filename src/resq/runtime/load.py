@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,15 +15,19 @@ from resq.backends.backend import Backend, LayerCache
 from resq.backends.reference import REFERENCE
 from resq.checkpoint.files import CheckpointReader, EndParts, Parts
 from resq.checkpoint.manifest import Manifest
-from resq.errors import CheckpointError, InputError
+from resq.errors import BackendUnavailable, CheckpointError, InputError
 from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role, Shape, architecture_for
 from resq.models.decoder import Ends, Layer
-from resq.models.source import read_config
-from resq.models.text import load_tokenizer
+from resq.models.source import locate, read_config, read_generation_config
+from resq.models.text import encode, load_tokenizer
 from resq.numerics.bands import Bands
 from resq.numerics.linear import Linear, PackedLinear
+from resq.progress import Progress, silent
 from resq.runtime.generate import Sampling, continue_tokens
+
+# Tokens decoded before a new piece of text.
+DECODE_CONTEXT = 8
 
 
 def layer_from(parts: Parts, shape: Shape, file: str) -> Layer:
@@ -120,24 +123,41 @@ class Model:
             )
         return decoder.forward(self.backend, self.shape, self.ends, self.layers, tokens, cache, starts, last=last)
 
+    def room(self, prompt: str | Tensor) -> int:
+        """New tokens that fit in the context after `prompt`."""
+        return self.shape.max_positions - self._encode(prompt).shape[1]
+
     def stream(
         self, prompt: str | Tensor, *, max_new_tokens: int = 128, sampling: Sampling | None = None
     ) -> Iterator[str]:
-        """Pieces of text as they are made; greedy unless `sampling` says otherwise. The prompt is not repeated."""
+        """Pieces of text as they are made; greedy unless `sampling` says otherwise. The prompt is not repeated; ends
+        with an end token or where the context is full. Raises InputError when the prompt alone fills it."""
         tokens = self._encode(prompt)
-        shown, ids = "", []
-        for token in continue_tokens(self, tokens, max_new_tokens, sampling or Sampling(), self.end_tokens):
+        room = self.shape.max_positions - tokens.shape[1]
+        if room < 1:
+            raise InputError(
+                f"the prompt has {tokens.shape[1]} tokens, the model's context is {self.shape.max_positions}; "
+                "shorten it"
+            )
+        ids = tokens[0].tolist()
+        # Each piece is decoded after a few tokens before it: some decoders drop a text's leading space, and a
+        # character may span several tokens.
+        shown, before = len(ids), max(0, len(ids) - DECODE_CONTEXT)
+        count = min(max_new_tokens, room)
+        for token in continue_tokens(self, tokens, count, sampling or Sampling(), self.end_tokens):
             if token in self.end_tokens:
                 break
             ids.append(token)
-            text = self.tokenizer.decode(ids)
-            # A character may span several tokens: wait until it is whole.
-            if not text.endswith("�"):
-                yield text[len(shown) :]
-                shown = text
-        rest = self.tokenizer.decode(ids)[len(shown) :]
-        if rest:
-            yield rest
+            piece = self._new_text(ids, before, shown)
+            if piece and not piece.endswith("\ufffd"):
+                yield piece
+                before, shown = max(before, shown - DECODE_CONTEXT), len(ids)
+        if shown < len(ids):
+            yield self._new_text(ids, before, shown)
+
+    def _new_text(self, ids: list[int], before: int, shown: int) -> str:
+        old = self.tokenizer.decode(ids[before:shown], clean_up_tokenization_spaces=False)
+        return self.tokenizer.decode(ids[before:], clean_up_tokenization_spaces=False)[len(old) :]
 
     def generate(self, prompt: str | Tensor, *, max_new_tokens: int = 128, sampling: Sampling | None = None) -> str:
         """The continuation of `prompt` as one text: `model.generate("Once upon a time")`."""
@@ -146,7 +166,7 @@ class Model:
     def _encode(self, prompt: str | Tensor) -> Tensor:
         if isinstance(prompt, Tensor):
             return prompt.reshape(1, -1)
-        tokens = torch.tensor([self.tokenizer(prompt)["input_ids"]], dtype=torch.int64)
+        tokens = torch.tensor([encode(prompt, self.tokenizer, "the prompt")], dtype=torch.int64)
         if tokens.numel() == 0:
             begin = self.tokenizer.bos_token_id
             if begin is None:
@@ -155,43 +175,54 @@ class Model:
         return tokens
 
 
-def load(
-    directory: str | Path,
-    *,
-    backend: Backend = REFERENCE,
-    progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
-) -> Model:
-    """Open a packed checkpoint; every file is checked against its recorded size and hash.
+class Opened:
+    """State: a packed checkpoint's manifest, configuration and files; layers are read when asked for.
+
+    `Opened("llama-resq")` takes a directory or a hub id. Raises CheckpointError when manifest and config.json disagree.
+    """
+
+    def __init__(self, checkpoint: str | Path) -> None:
+        self.path = locate(checkpoint)
+        self.reader = CheckpointReader(self.path)
+        self.manifest: Manifest = self.reader.manifest
+        self.config = read_config(self.path)
+        self.shape: Shape = architecture_for(self.config["model_type"]).shape(self.config)
+        if len(self.manifest.layers) != self.shape.layers:
+            raise CheckpointError(
+                f"{self.path} holds {len(self.manifest.layers)} layers, its config.json says {self.shape.layers}"
+            )
+
+    def ends(self) -> Ends:
+        """Embedding, norm and head."""
+        return ends_from(self.reader.ends(), self.shape)
+
+    def layer(self, index: int) -> Layer:
+        """Decoder layer `index`."""
+        return layer_from(self.reader.layer(index), self.shape, self.manifest.layers[index].file)
+
+
+def load(checkpoint: str | Path, *, backend: Backend = REFERENCE, progress: Progress = silent) -> Model:
+    """Open a packed checkpoint, a directory or a hub id; every file is checked against its recorded size and hash.
 
     `model = resq.load("llama-resq")`. `progress` is told (phase, files read, files). Raises CheckpointError when
-    something is missing, altered or of another version, InputError when the backend cannot run here.
+    something is missing, altered or of another version, BackendUnavailable when the backend cannot run here.
     """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise InputError(
-            f"no checkpoint directory at {directory}; make one with resq quantize SOURCE --out {directory}"
-        )
     if reason := backend.unusable():
-        raise InputError(f"backend {backend.name} cannot be used here: {reason}")
-    reader = CheckpointReader(directory)
-    config = read_config(directory)
-    shape = architecture_for(config["model_type"]).shape(config)
-    if len(reader.manifest.layers) != shape.layers:
-        raise CheckpointError(
-            f"{directory} holds {len(reader.manifest.layers)} layers, its config.json says {shape.layers}"
-        )
-    ends = ends_from(reader.ends(), shape).prepacked(backend)
+        raise BackendUnavailable(f"backend {backend.name} cannot be used here: {reason}")
+    opened = Opened(checkpoint)
+    files = opened.shape.layers + 1
+    ends = opened.ends().prepacked(backend)
     layers = []
-    progress("loading", 1, shape.layers + 1)
-    for index, entry in enumerate(reader.manifest.layers):
-        layers.append(layer_from(reader.layer(index), shape, entry.file).prepacked(backend))
-        progress("loading", index + 2, shape.layers + 1)
-    return Model(shape, ends, layers, backend, directory, reader.manifest, end_tokens(directory, config))
+    for index in range(opened.shape.layers):
+        progress("loading", index + 1, files)
+        layers.append(opened.layer(index).prepacked(backend))
+    progress("loading", files, files)
+    stops = end_tokens(opened.path, opened.config)
+    return Model(opened.shape, ends, layers, backend, opened.path, opened.manifest, stops)
 
 
 def end_tokens(directory: Path, config: dict[str, Any]) -> frozenset[int]:
     """Ids after which generation stops: generation_config.json's, else config.json's."""
-    file = directory / "generation_config.json"
-    stored = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    ends = stored.get("eos_token_id", config.get("eos_token_id"))
+    ends = read_generation_config(directory).get("eos_token_id")
+    ends = config.get("eos_token_id") if ends is None else ends
     return frozenset() if ends is None else frozenset(ends if isinstance(ends, list) else [ends])

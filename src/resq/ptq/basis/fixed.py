@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from resq.models.architecture import Site
+from resq.models.architecture import Shape, Site
 from resq.numerics import hadamard as transforms
 from resq.numerics.maps import Hadamard, LinearMap, Permutation
 from resq.ptq.recipe import At, Moments, Setting, Statistic
@@ -19,6 +19,9 @@ class HadamardBasis:
     needs = frozenset[Statistic]()
     orders = frozenset[Site]()
     sites = frozenset({Site.MLP_HIDDEN})
+
+    def check(self, shape: Shape, tokens: int) -> None:
+        """Always possible."""
 
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
         """One shared map."""
@@ -36,6 +39,9 @@ class GatherHeads:
     needs = frozenset[Statistic]()
     orders = frozenset({Site.ATTN_OUT})
     sites = frozenset({Site.ATTN_OUT})
+
+    def check(self, shape: Shape, tokens: int) -> None:
+        """Always possible."""
 
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
         """One shared permutation; inside a band heads keep their order and coordinates theirs."""

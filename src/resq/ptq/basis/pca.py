@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resq.errors import InputError
-from resq.models.architecture import Site
+from resq.models.architecture import Shape, Site
 from resq.numerics.bands import Bands
 from resq.numerics.maps import Dense, LinearMap, PerHead, random_orthogonal
 from resq.numerics.moments import eigenbasis
@@ -51,16 +51,19 @@ class Pca:
         """The moment of each site."""
         return frozenset(_STATISTICS[site] for site in self.on)
 
+    def check(self, shape: Shape, tokens: int) -> None:
+        """Raises InputError with fewer calibration tokens than twice the hidden size: too few for a moment's rank."""
+        if Site.RESIDUAL in self.on and tokens < 2 * shape.hidden:
+            raise InputError(
+                f"{tokens} calibration tokens are too few for a basis of {shape.hidden} coordinates; at least "
+                f"{2 * shape.hidden} are needed: use more or longer windows"
+            )
+
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
-        """Raises InputError with fewer calibration tokens than twice the hidden size: its moment has no full rank."""
+        """Raises InputError as `check` does."""
+        self.check(setting.shape, moments.tokens)
         maps: dict[At, LinearMap] = {}
         if Site.RESIDUAL in self.on:
-            least = 2 * setting.shape.hidden
-            if moments.tokens < least:
-                raise InputError(
-                    f"{moments.tokens} calibration tokens are too few for a basis of {setting.shape.hidden} "
-                    f"coordinates; at least {least} are needed: use more or longer windows"
-                )
             at = At(Site.RESIDUAL)
             assert moments.residual is not None
             vectors = eigenbasis(moments.residual)[1]

@@ -30,13 +30,14 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     hessian = (moment + moment.T) / 2
     diagonal = torch.diagonal(hessian)
     diagonal[diagonal == 0] = 1.0
-    mean = diagonal.mean()
+    plain, mean = diagonal.clone(), diagonal.mean()
     for _ in range(DAMPING_TRIES):
-        damped = hessian.clone()
-        torch.diagonal(damped).add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        diagonal.copy_(plain + damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(hessian)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            inverse = torch.cholesky_inverse(lower)
+            del lower
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return upper, damping
         damping *= DAMPING_STEP
