@@ -181,7 +181,7 @@ def evaluate(
         return
     table = Table()
     for name in ("checkpoint", "recipe", "perplexity", "× first", "Δ nats per token [95 %]", "tokens", "seconds"):
-        table.add_column(name, justify="left" if name in ("checkpoint", "recipe") else "right")
+        table.add_column(name, justify="left" if name in ("checkpoint", "recipe") else "right", overflow="fold")
     for row in rows:
         ratio, delta = "", ""
         if row.ratio is not None:
