@@ -13,6 +13,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tiny tensors: a second thread costs more than it gives (the suite took four times as long with two).
+torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 # Small enough that a forward takes milliseconds, odd enough to catch a size taken for another.
 TINY = {
