@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,24 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny tensors: a second thread costs more than it gives (the suite took four times as long with two).
 torch.set_num_threads(1)
+
+
+def use_native_from(directory: Path) -> None:
+    """Put the native module of this directory in the place of the installed one, before anything imports that."""
+    name, files = "resq.backends.cpu._native", list(directory.glob("_native*.so"))
+    if name in sys.modules:
+        return
+    assert len(files) == 1, f"RESQ_TEST_NATIVE: {directory} should hold one _native*.so, it holds {len(files)}"
+    spec = importlib.util.spec_from_file_location(name, files[0])
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
+
+
+# `make sanitize`: another build of the kernels, with checks compiled in.
+if directory := os.environ.get("RESQ_TEST_NATIVE"):
+    use_native_from(Path(directory))
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared"
 # Small enough that a forward takes milliseconds, odd enough to catch a size taken for another.
 TINY = {
@@ -132,6 +153,29 @@ def float64_logits(
         ends = placement.ends(ends, keep_tied=keep_tied)
         layers = [placement.layer(layer, index) for index, layer in enumerate(layers)]
     return decoder.forward(dense(torch.float64), source.shape, ends, layers, tokens)
+
+
+@dataclass
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run(*arguments: object) -> Done:
+    """The command in this process: starting Python and importing transformers takes seconds each time."""
+    from resq.cli import main
+
+    out, err, before, code = io.StringIO(), io.StringIO(), sys.argv, 0
+    sys.argv = ["resq", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    finally:
+        sys.argv = before
+    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture

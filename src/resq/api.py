@@ -21,7 +21,7 @@ from resq.errors import InputError
 from resq.measure.card import model_card
 from resq.models.source import Source
 from resq.models.text import Windows, load_tokenizer, sampled_windows
-from resq.numerics.bands import INT8, PACKABLE_BITS
+from resq.numerics.bands import PACKABLE_BITS
 from resq.progress import Progress, silent
 from resq.ptq.pipeline import Job, LinearReport
 from resq.ptq.pipeline import quantize as run_pipeline
@@ -56,8 +56,8 @@ class Result:
     seconds: float
 
 
-def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: int | None) -> Recipe:
-    """A recipe by name, with its low band at `bits` and its head at `head_bits` (8, or 16: unrounded) where given."""
+def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: float | None) -> Recipe:
+    """A recipe by name, with its low band at `bits` and its head at `head_bits` (16: unrounded, 8, 4.5) where given."""
     recipe = recipe_named(name) if isinstance(name, str) else name
     precision = recipe.precision
     if bits is not None:
@@ -65,9 +65,7 @@ def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: int | None) -
             raise InputError(f"--bits {bits} cannot be packed; accepted are 2, 3, 4 and 6")
         precision = precision.with_low(bits)
     if head_bits is not None:
-        if head_bits not in (8, 16):
-            raise InputError(f"--head-bits {head_bits} is not supported; accepted are 8 and 16")
-        precision = replace(precision, head=INT8 if head_bits == 8 else None)
+        precision = precision.with_head(head_bits)
     return replace(recipe, precision=precision)
 
 
@@ -82,7 +80,7 @@ def quantize(
     rounding_windows: int | None = None,
     window_length: int | None = None,
     bits: int | None = None,
-    head_bits: int | None = None,
+    head_bits: float | None = None,
     untie: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -95,7 +93,7 @@ def quantize(
     and the default for `tiny` alone. windows: for the bases; rounding_windows (default: the first 128 of them) for
     GPTQ. window_length: tokens, default 2048 or the model's context. bits: the low band, default the recipe's (4).
     head_bits: 16 (the recipes' default) keeps lm_head unrounded, and a tied head on the embedding table unless `untie`;
-    8 rounds it and its input.
+    8 and 4.5 round it, and its input to 8.
     Raises InputError, a ValueError, for anything given that cannot be used; `out` then does not exist.
     """
     started = time.perf_counter()

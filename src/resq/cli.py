@@ -32,6 +32,9 @@ app = typer.Typer(
     "used, one line says what · 130 interrupted, nothing half-written is kept. With --json, standard output is one "
     "JSON object.",
 )
+BackendOption = Annotated[
+    str | None, typer.Option(help="What runs packed checkpoints: cpu or reference.", show_default="cpu")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -71,7 +74,7 @@ def quantize(
         int | None, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.", show_default="the recipe's, 4")
     ] = None,
     head_bits: Annotated[
-        int | None, typer.Option(help="Bits of lm_head: 16 or 8.", show_default="the recipe's, 16")
+        float | None, typer.Option(help="Bits of lm_head: 16, 8 or 4.5.", show_default="the recipe's, 16")
     ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="Give a tied lm_head a matrix of its own.")] = False,
     seed: Annotated[
@@ -125,6 +128,7 @@ def evaluate(
         bool,
         typer.Option("--wikitext", help="The text is a WikiText split: join its rows by blank lines, as papers do."),
     ] = False,
+    backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Perplexity of checkpoints on a text, side by side.
@@ -136,7 +140,9 @@ def evaluate(
     from resq.measure.evaluate import evaluate as run
 
     with bars() as progress:
-        rows = run(checkpoints, text, window_length=window_length, wikitext=wikitext, progress=progress)
+        rows = run(
+            checkpoints, text, window_length=window_length, wikitext=wikitext, backend=backend, progress=progress
+        )
     if json_output:
         print(json.dumps({"rows": [asdict(row) for row in rows]}))
         return
@@ -151,6 +157,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 picks the most probable token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Sample from the most probable tokens of this mass.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of sampling.")] = 0,
+    backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
     """Continue a prompt, streamed as it is made.
@@ -164,7 +171,7 @@ def generate(
         raise InputError(f"--max-new-tokens is {max_new_tokens}; at least 1 is needed")
     sampling = Sampling(temperature, top_p, seed)
     with bars() as progress:
-        model = load(directory, progress=progress)
+        model = load(directory, backend=backend, progress=progress)
     pieces = model.stream(prompt, max_new_tokens=max_new_tokens, sampling=sampling)
     if json_output:
         print(json.dumps({"prompt": prompt, "text": "".join(pieces)}))
@@ -177,11 +184,81 @@ def generate(
 
 
 @app.command()
-def inspect(
-    directory: Annotated[str, typer.Argument(help="A packed checkpoint: a directory or a hub id.")],
+def bench(
+    directory: Annotated[Path | None, typer.Argument(help="A packed checkpoint.", show_default="see --shape")] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="A published model's sizes with random weights, such as llama-3.2-1b.")
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Recipe of a --shape.", autocompletion=lambda: list(RECIPE_NAMES))
+    ] = "resq",
+    head_bits: Annotated[float, typer.Option(help="Bits of a --shape's lm_head: 16, 8 or 4.5.")] = 8,
+    prefill: Annotated[
+        list[int] | None, typer.Option(help="Prompt length. May be repeated.", show_default="512")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Decoding batch. May be repeated.", show_default="1")] = None,
+    context: Annotated[int, typer.Option(help="Tokens in the cache while decoding.")] = 512,
+    against: Annotated[
+        str,
+        typer.Option(
+            help="Peers timed in the same run, separated by commas: torch-bf16, openvino, openvino-f32dq, llama.cpp, "
+            "llama.cpp-q8_0 (pip install 'resq-llm[bench]'), or other recipes.",
+            show_default="none",
+        ),
+    ] = "",
+    rounds: Annotated[int, typer.Option(help="Measured rounds; everything runs once in each.")] = 5,
+    threads: Annotated[int | None, typer.Option(help="Threads.", show_default="one per core")] = None,
+    out_file: Annotated[Path | None, typer.Option("--out", help="Append rows to this .jsonl file.")] = None,
+    backend: BackendOption = None,
     json_output: JsonOption = False,
 ) -> None:
-    """What a packed checkpoint holds: recipe, bands, true bits and bytes."""
+    """Tokens per second of prefill and decoding, operator by operator, beside this machine's limits and beside peers.
+
+    For example: `resq bench --shape llama-3.2-1b --prefill 512 --batch 1 --batch 8 --against torch-bf16,openvino`
+    """
+    from resq.measure.bench import Plan, save
+    from resq.measure.bench import bench as run
+
+    plan = Plan(
+        checkpoint=directory,
+        shape=shape,
+        recipe=recipe,
+        head_bits=head_bits,
+        prefill=tuple(prefill or (512,)),
+        batches=tuple(batch or (1,)),
+        context=context,
+        against=tuple(name.strip() for name in against.split(",") if name.strip()),
+        rounds=rounds,
+        backend=backend,
+        threads=threads,
+    )
+    with bars() as progress:
+        report = run(plan, progress=progress)
+    if out_file is not None:
+        save(report, plan, out_file)
+    if json_output:
+        print(json.dumps({"rows": report.rows()}))
+        return
+    show.timed(report)
+
+
+@app.command()
+def inspect(
+    directory: Annotated[
+        str | None, typer.Argument(help="A packed checkpoint: a directory or a hub id.", show_default="see --system")
+    ] = None,
+    system: Annotated[bool, typer.Option("--system", help="This machine: what the kernels use, and why.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """What a packed checkpoint holds: recipe, bands, true bits and bytes. With --system, what runs on this machine."""
+    if (directory is None) != system:
+        raise InputError("name a packed checkpoint or give --system, one of them")
+    if directory is None:
+        from resq.backends.choose import describe_system
+
+        facts = describe_system()
+        print(json.dumps(facts)) if json_output else show.system(facts)
+        return
     from resq.measure.ledger import ledger
     from resq.runtime.load import Opened
 

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,9 +19,12 @@ if TYPE_CHECKING:
     from resq.api import Result
     from resq.checkpoint.manifest import Manifest, MapEntry
     from resq.demo import Row as DemoRow
+    from resq.measure.bench import Report as BenchReport
     from resq.measure.evaluate import Row
     from resq.measure.ledger import Ledger
     from resq.measure.perplexity import Interval
+    from resq.measure.speed import Limits
+    from resq.measure.speed import Result as TimedResult
     from resq.ptq.recipe import Recipe
 
 
@@ -126,6 +129,76 @@ def evaluated(rows: Sequence[Row]) -> None:
             row.checkpoint, row.recipe, f"{row.perplexity:.3f}", ratio, delta, f"{row.tokens:,}", f"{row.seconds:.1f}"
         )
     out.print(table)
+
+
+def system(facts: dict[str, Any]) -> None:
+    """Backends and instruction sets: what is used, and why not the others."""
+    table = Table(show_header=False, box=None)
+    first = True
+    for entry in facts["backends"]:
+        reason = entry["unusable"]
+        used = "used" if first and reason is None else "usable"
+        first = first and reason is not None
+        table.add_row(f"backend {entry['name']}", used if reason is None else f"not usable: {reason}")
+    faster = True
+    for entry in facts["instruction_sets"]:
+        if entry["name"] == facts["active"]:
+            why, faster = "used: the fastest usable", False
+            if facts["forced"]:
+                why = f"used: RESQ_CPU_ISA is {facts['forced']}"
+        elif entry["missing"] is not None:
+            why = f"not usable: {entry['missing']}"
+        else:
+            why = "usable, passed over: RESQ_CPU_ISA names another" if faster else "usable, slower"
+        table.add_row(f"  {entry['name']}", why)
+    table.add_row("threads", str(facts["threads"]))
+    out.print(table)
+
+
+def timed(report: BenchReport) -> None:
+    """Tokens per second and ratios, then where the time goes."""
+    limits = report.limits
+    out.print(
+        f"{report.subject}, {limits.threads} threads, {limits.instruction_set}. This machine at its best: "
+        f"{limits.read:.1f} GB/s of reading, {limits.integer / 1000:.2f} TOPS of integer products."
+    )
+    for name, words in report.about.items():
+        out.print(f"{name}: {words}")
+    ours = report.results[0].name
+    table = Table(title="speed", title_justify="left")
+    for column in ("what", "engine", "tokens/s", "ms", f"{ours} is faster by"):
+        table.add_column(column, justify="left" if column in ("what", "engine") else "right")
+    rows = {(row["name"], str(result.point)): row for row, result in zip(report.rows(), report.results, strict=True)}
+    for result in report.results:
+        ratio = rows[ours, str(result.point)]["ratios"].get(result.name)
+        cells = f"{result.rate:,.1f}", f"{result.median * 1e3:,.1f}", "" if ratio is None else f"× {ratio:.2f}"
+        table.add_row(str(result.point) if result.name == ours else "", result.name, *cells)
+    out.print(table)
+    for result in report.results:
+        if result.name == ours:
+            out.print(_operators(result, limits))
+    memory = report.memory
+    budget = memory["weights"] + memory["cache"]
+    out.print(
+        f"memory: {size(memory['anonymous at the end'])} anonymous, {memory['anonymous at the end'] / budget:.2f} × "
+        f"packed weights ({size(memory['weights'])}) and cache ({size(memory['cache'])})"
+    )
+
+
+def _operators(result: TimedResult, limits: Limits) -> Table:
+    table = Table(title=f"where the time of {result.point} goes", title_justify="left")
+    for column in ("operator", "calls", "ms", "share", "GB/s", "of reading", "TOPS", "of products"):
+        table.add_column(column, justify="left" if column == "operator" else "right")
+    for name, entry in sorted(result.operators.items(), key=lambda item: -item[1].seconds):
+        cells = [f"{entry.calls}", f"{entry.seconds * 1e3:.2f}", f"{entry.seconds / result.median:.1%}"]
+        if entry.operations:
+            rate, products = entry.bytes / entry.seconds / 1e9, entry.operations / entry.seconds / 1e9
+            cells += [f"{rate:.1f}", f"{rate / limits.read:.0%}", f"{products / 1e3:.2f}"]
+            cells += [f"{products / limits.integer:.0%}" if name != "attention" else ""]
+        table.add_row(name, *cells)
+    rest = result.median - sum(entry.seconds for entry in result.operators.values())
+    table.add_row("between operators", "", f"{rest * 1e3:.2f}", f"{rest / result.median:.1%}")
+    return table
 
 
 def inspected(name: str, manifest: Manifest, book: Ledger) -> None:

@@ -204,7 +204,7 @@ def quantized(case: Case, source: Path, out: Path, text: Path) -> tuple[resq.Mod
             untie=case.untie,
             seed=case.seed,
         )
-    return resq.load(out), kept
+    return resq.load(out, backend="reference"), kept
 
 
 def there(value: EndParts | None) -> EndParts:
@@ -263,16 +263,16 @@ def decoded(model: resq.Model, tokens: Tensor, starts: Tensor | None = None) -> 
     return torch.cat([model(tokens[:, i : i + 1], cache, starts) for i in range(tokens.shape[1])], dim=1)
 
 
-def row_bits(layout: Layout | None, size: int, off: int) -> tuple[Fraction, Fraction]:
+def row_bits(layout: Layout | None, size: int, off: int, beside: int) -> tuple[Fraction, Fraction]:
     """Fewest and most bits of a stored row of `size` values: its named parts off by at most `off` values, every band
-    filled to whole bytes and with 32 bits beside it (a weight's scale, or a scale and a zero point of the cache)."""
+    filled to whole bytes and with `beside` bits beside it."""
     if layout is None:
         return Fraction(16 * size), Fraction(16 * size)
     bands = 1 + len(layout.parts)
     ends = []
     for edge in (-off, off):
         named = sum((bits - layout.low) * max(fraction * size + edge, Fraction(0)) for bits, fraction in layout.parts)
-        ends.append(layout.low * size + named + 32 * bands)
+        ends.append(layout.low * size + named + beside * bands)
     return ends[0], ends[1] + 7 * bands
 
 
@@ -281,12 +281,12 @@ def check_ledger(case: Case, model: resq.Model) -> None:
     rows = []
     for role, (out, size) in shape.sizes().items():
         layout = p.down_weights if role is Role.DOWN else p.weights
-        fewest, most = row_bits(layout, size, shape.heads if role is Role.O else 8)
+        fewest, most = row_bits(layout, size, shape.heads if role is Role.O else 8, 32)  # a scale
         rows.append((out * size, out * fewest, out * most))
     weights, fewest, most = (sum(column) for column in zip(*rows, strict=True))
     assert float(fewest / weights) <= book.weight_bits <= float(most / weights)
     for layout, bits in ((p.key, book.key_bits), (p.value, book.value_bits)):
-        fewest, most = row_bits(layout, shape.head_dim, 1)
+        fewest, most = row_bits(layout, shape.head_dim, 1, 24)  # a 16-bit scale and a zero point
         assert float(fewest / shape.head_dim) <= bits <= float(most / shape.head_dim)
 
 
@@ -314,7 +314,7 @@ def check(case: Case, place: Path) -> None:
     check_ledger(case, model)
 
     # It runs alike whole, token by token, loaded again, and beside padding.
-    whole, again = model(prompt), resq.load(place / "packed")
+    whole, again = model(prompt), resq.load(place / "packed", backend="reference")
     assert torch.equal(again(prompt), whole)
     assert change(decoded(again, prompt), whole) <= AGREE
     alone = model(prompt[1:, case.padding :])
@@ -323,6 +323,10 @@ def check(case: Case, place: Path) -> None:
     for logits in (model(padded, None, starts), decoded(model, padded, starts)):
         assert change(logits[:1], whole[:1]) <= AGREE
         assert change(logits[1:, case.padding :], alone) <= AGREE
+    # The kernels do the same up to float32 sums; a rounding that those move changes what comes after it, seldom.
+    fast = resq.load(place / "packed", backend="cpu")(prompt)
+    apart = (fast - whole).abs().amax(dim=-1) / whole.abs().max()
+    assert float(apart.median()) <= AGREE
     if case.bits == 6:
         assert float((whole - exact).norm() / exact.norm()) <= CLOSE_AT_6_BITS
 

@@ -2,47 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import write_json
+from tests.conftest import Done, run, write_json
 
 import resq
-from resq.cli import main
 
 SMALL = ["--windows", "8", "--window-length", "32"]
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def run(*arguments: object) -> Done:
-    """The command in this process: starting Python and importing transformers takes seconds each time."""
-    out, err, before, code = io.StringIO(), io.StringIO(), sys.argv, 0
-    sys.argv = ["resq", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            main()
-    except SystemExit as stopped:
-        code = int(stopped.code or 0)
-    finally:
-        sys.argv = before
-    return Done(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -110,7 +85,7 @@ def test_logits_before_saving_and_after_loading_are_equal(packed: tuple[Path, Pa
             layers.append(round_layer(ops, source.shape, layer, RESQ, hidden, [], index, lambda *at: None))
         layers = [layer.prepacked(REFERENCE) for layer in layers]
         before = decoder.forward(REFERENCE, source.shape, ends, layers, tokens[:2])
-    assert torch.equal(before, resq.load(out)(tokens[:2]))
+    assert torch.equal(before, resq.load(out, backend="reference")(tokens[:2]))
 
 
 def test_quantizing_twice_gives_the_same_bytes(packed: tuple[Path, Path], text: Path, tmp_path: Path) -> None:

@@ -114,8 +114,8 @@ def test_what_a_recipe_leaves_alone_has_16_bits_and_the_rest_as_many_as_resq(eve
     assert weights.weight_bits == a8.weight_bits == resq_.weight_bits < 7
     assert (weights.activation_bits, weights.key_bits, weights.value_bits) == (16, 16, 16)
     assert (cache.weight_bits, cache.activation_bits) == (16, 16)
-    # 14 · 4 + 2 · 8 bits, and two scales with zero points of 32 bits together.
-    assert cache.key_bits == cache.value_bits == a8.key_bits == a8.value_bits == (14 * 4 + 2 * 8 + 2 * 32) / 16
+    # 14 · 4 + 2 · 8 bits, and two scales with zero points of 24 bits together.
+    assert cache.key_bits == cache.value_bits == a8.key_bits == a8.value_bits == (14 * 4 + 2 * 8 + 2 * 24) / 16
 
 
 def test_a_manifest_says_in_words_what_was_done(made: Made) -> None:

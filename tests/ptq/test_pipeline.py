@@ -75,9 +75,9 @@ def test_each_linear_is_rounded_on_the_inputs_the_rounded_layers_before_it_give(
     inputs: list[Tensor] = []
     ops = dense(torch.float32)
 
-    def linear(x: Any, weight: Any) -> Tensor:
-        inputs.append(x)
-        return ops.linear(x, weight)
+    def linears(x: Any, weights: Any, onto: Tensor | None = None) -> list[Tensor]:
+        inputs.extend(x for _ in weights)
+        return ops.linears(x, weights, onto)
 
     layers = [layer_from(parts, source.shape, "kept").prepacked(ops) for parts in kept.layers]
     moments = collect(source, ops, calibration(), recipe.needs, lambda what, done, steps: None)
@@ -85,7 +85,7 @@ def test_each_linear_is_rounded_on_the_inputs_the_rounded_layers_before_it_give(
     ends = source.ends()  # its table in the new basis, as it is stored; the head does not matter here
     embed = ends.embed.double() if residual is None else residual.apply(ends.embed.double())
     ends = replace(ends, embed=embed.to(torch.bfloat16))
-    decoder.forward(replace(ops, linear=linear), source.shape, ends, layers, calibration()[:3])
+    decoder.forward(replace(ops, linears=linears), source.shape, ends, layers, calibration()[:3])
     inputs.pop()  # of the head
     assert len(inputs) == len(watched.seen) == 2 * 7
     for x, moment in zip(inputs, watched.seen, strict=True):

@@ -50,7 +50,8 @@ class Backend:
     """A record of operators. `dtype` is that of float tensors between operators: float32, the reference's named points.
 
     norm_quantize(x [b, t, n], norm, format) -> Activations: RMSNorm, online map, rounding.
-    linear(x, weight) -> [b, t, out]: quantized or float activations times a prepacked or dense weight.
+    linears(x, weights, onto=None) -> [b, t, out] per weight: quantized or float activations times prepacked weights
+        that share this input; the first is added to onto [b, t, out] where given.
     rope_project_append(q [b, t, H, h], k [b, t, G, h], v [b, t, G, h], cos, sin [b, t, h], formats, cache) ->
         projected q: each head's norm, RoPE (half-split), the query and key maps, rounding, append to the cache.
     attend(q [b, t, H, h], cache, scale, starts, window) -> [b, t, H·h]: causal softmax attention of the last t cached
@@ -59,17 +60,22 @@ class Backend:
     gather_quantize(x [b, t, n], format) -> Activations: online map and rounding of the attention output.
     act_hadamard_quantize(gate [b, t, F], up [b, t, F], format) -> Activations: SiLU(gate) · up, map, rounding.
     cache(formats) -> an empty LayerCache.
-    prepack(linear) -> the weight in this backend's own layout, made once at load.
+    prepack(linear, inputs=PLAIN) -> the weight in this backend's own layout, made once at load; inputs is the format of
+        the activations that it will meet.
     """
 
     name: str
     dtype: torch.dtype
     unusable: Callable[[], str | None]
-    prepack: Callable[[Any], Any]
+    prepack: Callable[..., Any]
     norm_quantize: Callable[[Tensor, Norm, ActivationFormat], Activations]
-    linear: Callable[[Activations, Any], Tensor]
+    linears: Callable[..., list[Tensor]]
     rope_project_append: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, HeadFormats, Any], Tensor]
     attend: Callable[[Tensor, Any, float, Tensor | None, int | None], Tensor]
     gather_quantize: Callable[[Tensor, ActivationFormat], Activations]
     act_hadamard_quantize: Callable[[Tensor, Tensor, ActivationFormat], Activations]
     cache: Callable[[HeadFormats], LayerCache]
+
+    def linear(self, x: Activations, weight: Any, onto: Tensor | None = None) -> Tensor:
+        """`linears` of one weight."""
+        return self.linears(x, (weight,), onto)[0]

@@ -7,7 +7,7 @@ cache: float64 is the invariance test, float32 the calibration forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from resq.backends.backend import Activations, Backend
 from resq.errors import InputError
 from resq.numerics.affine import FLOAT16_MAX, Quantized
 from resq.numerics.bands import Bands
-from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
+from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 from resq.numerics.packing import pack, unpack
 
@@ -153,7 +153,7 @@ class Store:
 
 
 def packed_store(format: ActivationFormat) -> Store:
-    """Per token and head: packed bytes of every band, then scales and zero points in `format.scale_dtype`."""
+    """Per token and head: packed bytes of every band, scales in `format.scale_dtype`, zero points in a byte each."""
     bands = format.bands
     assert bands is not None
     assert format.groups == 1
@@ -161,7 +161,7 @@ def packed_store(format: ActivationFormat) -> Store:
     def encode(x: Tensor) -> tuple[Tensor, ...]:
         q = format.quantize(x)
         packed = [pack(q.q[..., cut], band.bits) for band, cut in zip(bands, bands.slices(), strict=True)]
-        return *packed, q.scale[..., 0].to(format.scale_dtype), q.zero[..., 0].to(format.scale_dtype)
+        return *packed, q.scale[..., 0].to(format.scale_dtype), q.zero[..., 0]
 
     def decode(parts: list[Tensor], compute: torch.dtype) -> Tensor:
         *packed, scale, zero = parts
@@ -241,7 +241,13 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
         y = norm.apply(x.to(compute))
         return finish(format.project(y.to(point), compute, rounded=rounded), format)
 
-    def linear(x: Activations, weight: UnpackedLinear | DenseLinear) -> Tensor:
+    def linears(
+        x: Activations, weights: Sequence[UnpackedLinear | DenseLinear], onto: Tensor | None = None
+    ) -> list[Tensor]:
+        first, *others = [product(x, weight) for weight in weights]
+        return [first if onto is None else onto + first, *others]
+
+    def product(x: Activations, weight: UnpackedLinear | DenseLinear) -> Tensor:
         if isinstance(x, Quantized):
             if isinstance(weight, UnpackedLinear):
                 return _quantized_linear(x, weight)
@@ -287,7 +293,7 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
     def cache(formats: HeadFormats) -> Cache:
         return Cache(store(formats.key), store(formats.value), compute)
 
-    def prepack(linear: Linear) -> UnpackedLinear | DenseLinear:
+    def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> UnpackedLinear | DenseLinear:
         if rounded:
             return _unpacked(linear)
         return linear.dense(compute) if isinstance(linear, PackedLinear) else linear
@@ -298,7 +304,7 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
         unusable=lambda: None,
         prepack=prepack,
         norm_quantize=norm_quantize,
-        linear=linear,
+        linears=linears,
         rope_project_append=rope_project_append,
         attend=attend,
         gather_quantize=gather_quantize,

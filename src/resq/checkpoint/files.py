@@ -16,8 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_bytes
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from resq.checkpoint.manifest import (
@@ -304,15 +303,17 @@ class CheckpointReader:
         if size != want.bytes:
             raise CheckpointError(f"{path} has {size} bytes, {want.bytes} were written; copy the checkpoint again")
         try:
-            content = path.read_bytes()
+            with open(path, "rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
-        if hashlib.sha256(content).hexdigest() != want.sha256:
+        if digest != want.sha256:
             raise CheckpointError(
                 f"{path} was altered after it was written (sha256 differs); copy the checkpoint again"
             )
         try:
-            return load_bytes(content)
+            # Tensors lie in the mapped file: memory holds what is touched, and gives it back under pressure.
+            return load_file(path)
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 

@@ -21,7 +21,7 @@ from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from resq.backends.backend import Backend, LayerCache
-from resq.backends.reference import REFERENCE
+from resq.backends.choose import backend_named
 from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE
 from resq.errors import CheckpointError, InputError
 from resq.models import decoder
@@ -315,7 +315,7 @@ class ResQQuantizer(HfQuantizer):
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if any(place is not None and str(place) not in ("cpu", "auto") for place in places):
             raise InputError(
-                f"device_map {device_map!r} is not possible: the reference backend runs on the CPU only; leave it out"
+                f"device_map {device_map!r} is not possible: the backends run on the CPU only; leave it out"
             )
         return None if device_map is None else {"": "cpu"}
 
@@ -344,7 +344,7 @@ class ResQQuantizer(HfQuantizer):
             )
         self._opened = Opened(directory)
         shape = self._opened.shape
-        shared = Shared(shape, REFERENCE)
+        shared = Shared(shape, backend_named())
         model.set_submodule(architecture.embed, _Embedding(shared))
         model.set_submodule(architecture.final_norm, _Pass())
         model.set_submodule(architecture.head, _Head(shared))

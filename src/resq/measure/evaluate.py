@@ -32,6 +32,7 @@ class Row:
     window_length: int
     text_sha256: str
     seconds: float
+    backend: str
     ratio: float | None = None
     delta: float | None = None
     delta_low: float | None = None
@@ -44,14 +45,15 @@ def evaluate(
     *,
     window_length: int | None = None,
     wikitext: bool = False,
+    backend: str | None = None,
     progress: Progress = silent,
 ) -> list[Row]:
     """One row per checkpoint; each is tokenized by its own tokenizer. window_length: tokens, default 2048 or the
-    shortest context. Raises InputError for anything unusable."""
+    shortest context. backend: of the packed ones, by name. Raises InputError for anything unusable."""
     rows: list[Row] = []
     first: tuple[str, Tensor] | None = None
     # Everything that can be refused is refused before the first long run.
-    models = [open_streamed(path) for path in checkpoints]
+    models = [open_streamed(path, backend) for path in checkpoints]
     if window_length is None:
         window_length = min([DEFAULT_LENGTH, *(model.shape.max_positions for model in models)])
     windows = []
@@ -76,6 +78,7 @@ def evaluate(
             window_length=window_length,
             text_sha256=digest,
             seconds=time.perf_counter() - started,
+            backend=model.ops.name,
         )
         if first is not None and first[0] == digest:
             interval = paired_interval(losses, first[1])

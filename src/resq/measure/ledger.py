@@ -48,12 +48,12 @@ def _activation_bits(format: FormatEntry, size: int) -> float:
 
 
 def head_bytes(format: FormatEntry, head_dim: int) -> int:
-    """Bytes of one token's key or value of one head in the packed cache: packed bands, then a scale and a zero point
-    of the scale's dtype for each band; 16-bit values without bands."""
+    """Bytes of one token's key or value of one head in the packed cache: packed bands, then a scale and a one-byte
+    zero point for each band; 16-bit values without bands."""
     if format.bands is None:
         return 2 * head_dim
     packed = sum(packed_bytes(size, bits) for bits, size in format.bands)
-    return packed + 2 * SCALE_BYTES[format.scale_dtype] * len(format.bands)
+    return packed + (SCALE_BYTES[format.scale_dtype] + 1) * len(format.bands)
 
 
 def ledger(manifest: Manifest, head_dim: int) -> Ledger:

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq.backends.backend import Backend
-from resq.backends.reference import REFERENCE, dense
+from resq.backends.choose import backend_named
+from resq.backends.reference import dense
 from resq.checkpoint.manifest import MANIFEST_FILE
 from resq.errors import InputError
 from resq.models import decoder
@@ -45,13 +46,13 @@ class Streamed:
             yield self.read_layer(index).prepacked(self.ops)
 
 
-def open_streamed(checkpoint: str | Path) -> Streamed:
-    """A packed checkpoint (reference operators) or a 16-bit source (float32), told apart by resq.json; a directory or a
+def open_streamed(checkpoint: str | Path, backend: str | Backend | None = None) -> Streamed:
+    """A packed checkpoint (run by `backend`) or a 16-bit source (float32), told apart by resq.json; a directory or a
     hub id."""
     path = locate(checkpoint)
     if (path / MANIFEST_FILE).is_file():
         opened = Opened(path)
-        return Streamed(str(checkpoint), path, opened.shape, REFERENCE, opened.ends, opened.layer)
+        return Streamed(str(checkpoint), path, opened.shape, backend_named(backend), opened.ends, opened.layer)
     source = Source(path, str(checkpoint))
     return Streamed(str(checkpoint), path, source.shape, dense(torch.float32), source.ends, source.layer)
 

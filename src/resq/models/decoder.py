@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resq.models.architecture import Point, Role, Shape
+from resq.models.architecture import READERS, Point, Role, Shape
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 
 if TYPE_CHECKING:  # the operators arrive as an argument: models and backends do not import each other
@@ -34,7 +34,9 @@ class Layer:
 
     def prepacked(self, ops: Backend) -> Layer:
         """The same layer with every linear in the backend's own layout."""
-        return replace(self, linears={role: ops.prepack(linear) for role, linear in self.linears.items()})
+        points = {role: point for point, roles in READERS.items() for role in roles}
+        linears = {role: ops.prepack(linear, self.inputs[points[role]]) for role, linear in self.linears.items()}
+        return replace(self, linears=linears)
 
 
 @dataclass
@@ -48,7 +50,7 @@ class Ends:
 
     def prepacked(self, ops: Backend) -> Ends:
         """The same with the head in the backend's own layout."""
-        return replace(self, head=ops.prepack(self.head))
+        return replace(self, head=ops.prepack(self.head, self.head_input))
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ def attention_input(ops: Backend, layer: Layer, hidden: Tensor) -> Any:
 
 def attention(ops: Backend, shape: Shape, layer: Layer, x: Any, at: Positions, cache: LayerCache) -> Any:
     """Input of o: activations [b, t, H·h]; appends the tokens' keys and values to the cache."""
-    q = ops.linear(x, layer.linears[Role.Q]).unflatten(-1, (shape.heads, shape.head_dim))
-    k = ops.linear(x, layer.linears[Role.K]).unflatten(-1, (shape.kv_heads, shape.head_dim))
-    v = ops.linear(x, layer.linears[Role.V]).unflatten(-1, (shape.kv_heads, shape.head_dim))
+    q, k, v = ops.linears(x, [layer.linears[role] for role in READERS[Point.ATTN_IN]])
+    q = q.unflatten(-1, (shape.heads, shape.head_dim))
+    k, v = (each.unflatten(-1, (shape.kv_heads, shape.head_dim)) for each in (k, v))
     q = ops.rope_project_append(q, k, v, at.cos, at.sin, layer.heads, cache)
     out = ops.attend(q, cache, shape.head_dim**-0.5, at.starts, layer.window)
     return ops.gather_quantize(out, layer.inputs[Point.O_IN])
@@ -90,7 +92,7 @@ def mlp_input(ops: Backend, layer: Layer, hidden: Tensor) -> Any:
 
 def mlp_hidden(ops: Backend, layer: Layer, x: Any) -> Any:
     """Input of down: activations [b, t, F]."""
-    gate, up = ops.linear(x, layer.linears[Role.GATE]), ops.linear(x, layer.linears[Role.UP])
+    gate, up = ops.linears(x, [layer.linears[role] for role in READERS[Point.MLP_IN]])
     return ops.act_hadamard_quantize(gate, up, layer.inputs[Point.DOWN_IN])
 
 
@@ -100,9 +102,9 @@ def forward_layer(
     """hidden [b, t, d] -> [b, t, d]. Without a cache the layer fills one of its own: the same rounded K and V."""
     cache = ops.cache(layer.heads) if cache is None else cache
     x = attention_input(ops, layer, hidden)
-    hidden = hidden + ops.linear(attention(ops, shape, layer, x, at, cache), layer.linears[Role.O])
+    hidden = ops.linear(attention(ops, shape, layer, x, at, cache), layer.linears[Role.O], hidden)
     m = mlp_hidden(ops, layer, mlp_input(ops, layer, hidden))
-    return hidden + ops.linear(m, layer.linears[Role.DOWN])
+    return ops.linear(m, layer.linears[Role.DOWN], hidden)
 
 
 def embed(ops: Backend, ends: Ends, tokens: Tensor) -> Tensor:

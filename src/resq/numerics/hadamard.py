@@ -88,6 +88,11 @@ def factor(plan: HadamardPlan) -> Tensor:
         return _dense(plan.construction, plan.order) * plan.order**-0.5
 
 
+def unscaled_factor(plan: HadamardPlan) -> Tensor:
+    """sqrt(order) F_m, float64 [order, order]: entries ±1 unless it is random. Cached: do not write."""
+    return _dense(plan.construction, plan.order)
+
+
 def matrix(plan_or_size: HadamardPlan | int, dtype: torch.dtype = torch.float64) -> Tensor:
     """T [n, n] with transform(x) = x T, computed in float64 and cast once. Usage: `T = matrix(28)`."""
     p = plan_or_size if isinstance(plan_or_size, HadamardPlan) else plan(plan_or_size)

@@ -17,6 +17,7 @@ from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role, Shape
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
+from resq.numerics.bands import INT8
 from resq.numerics.formats import HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
@@ -212,9 +213,10 @@ def store_ends(ends: decoder.Ends, source: Source, precision: Precision, *, keep
     elif precision.head is None:
         head = DenseLinear(ends.head.weight.to(sixteen_bit(ends.head.weight, source.dtype)))
     else:
-        bands = precision.head.bands(source.shape.hidden)
+        bands = precision.lm_head_bands(source.shape)
+        assert bands is not None
         head = Nearest()(ends.head.weight, None, bands, None).linear
-        head_input = replace(head_input, bands=bands)
+        head_input = replace(head_input, bands=INT8.bands(source.shape.hidden))
     head_input = replace(head_input, map=_stored_map(head_input.map))
     return EndParts(embed, _stored_norm(ends.norm), head_input, head, keep_tied)
 

@@ -59,18 +59,25 @@ class Placement:
             linears[Role.V] = DenseLinear(*as_writer(value, v.weight, v.bias))
             queries = value.repeated(self.shape.heads // self.shape.kv_heads)
             linears[Role.O] = DenseLinear(as_reader(queries, o.weight), o.bias)
-        inputs = {point: ActivationFormat(bands=self.precision.input_bands(point, self.shape)) for point in Point}
-        for point, site in ((Point.O_IN, Site.ATTN_OUT), (Point.DOWN_IN, Site.MLP_HIDDEN)):
-            if map := self.map_at(site, index):
+        inputs = self.inputs(index)
+        for point, format in inputs.items():
+            if format.map is not None:
                 for role in READERS[point]:
-                    linears[role] = DenseLinear(as_reader(map, linears[role].weight), linears[role].bias)
-                inputs[point] = ActivationFormat(map, inputs[point].bands)
-        if self.precision.output_per_head:
-            o_in = inputs[Point.O_IN]
-            inputs[Point.O_IN] = ActivationFormat(o_in.map, o_in.bands, groups=self.shape.heads)
-        return replace(folded, linears=linears, heads=self._heads(index, source.heads), inputs=inputs)
+                    linears[role] = DenseLinear(as_reader(format.map, linears[role].weight), linears[role].bias)
+        return replace(folded, linears=linears, heads=self.heads(index, source.heads), inputs=inputs)
 
-    def _heads(self, index: int, source: HeadFormats) -> HeadFormats:
+    def inputs(self, index: int) -> dict[Point, ActivationFormat]:
+        """Online maps and bands of the inputs of layer `index`'s linears."""
+        maps = {Point.O_IN: self.map_at(Site.ATTN_OUT, index), Point.DOWN_IN: self.map_at(Site.MLP_HIDDEN, index)}
+        formats = {
+            point: ActivationFormat(maps.get(point), self.precision.input_bands(point, self.shape)) for point in Point
+        }
+        if self.precision.output_per_head:
+            formats[Point.O_IN] = replace(formats[Point.O_IN], groups=self.shape.heads)
+        return formats
+
+    def heads(self, index: int, source: HeadFormats) -> HeadFormats:
+        """Online maps and bands of layer `index`'s queries, keys and values; `source` has their norms."""
         turn = self.map_at(Site.QUERY_KEY, index)
         bits = None if turn is None else self.precision.rotation_bits
         if turn is not None and bits is not None:

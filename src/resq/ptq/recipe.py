@@ -13,13 +13,15 @@ from torch import Tensor
 
 from resq.errors import InputError
 from resq.models.architecture import Point, Role, Shape, Site
-from resq.numerics.bands import INT4, INT4_INT8, Bands, Layout
+from resq.numerics.bands import INT4, INT4_INT8, INT8, Bands, Layout
 from resq.numerics.linear import PackedLinear
 from resq.numerics.maps import LinearMap
 
 # Named parts of a dimension are rounded to this many coordinates where the dimension allows it, so that packed rows of
 # every width start on whole bytes.
 BAND_MULTIPLE = 8
+# What --head-bits takes.
+HEADS: dict[float, Layout | None] = {16: None, 8: INT8, 4.5: INT4_INT8}
 
 
 class Statistic(StrEnum):
@@ -53,8 +55,9 @@ class Precision:
     """Bit widths everywhere; None is 16 bit (unrounded).
 
     inputs and weights: of every linear but down; down_inputs, down_weights: of down; key, value: per head; head: the
-    lm_head and its input. output_per_head: one range per head at o's input instead of one per token and band.
-    rotation_bits: width of an online query/key matrix and of its inputs, None when neither is rounded.
+    weights of lm_head, whose input then has 8 bits. output_per_head: one range per head at o's input instead of one
+    per token and band. rotation_bits: width of an online query/key matrix and of its inputs, None when neither is
+    rounded.
     """
 
     weights: Layout | None = INT4_INT8
@@ -84,6 +87,13 @@ class Precision:
             value=low(self.value),
         )
 
+    def with_head(self, bits: float) -> Precision:
+        """lm_head at 16 bits (unrounded), 8, or 4.5: 4 with the top 1/8 in 8, as elsewhere. InputError otherwise."""
+        if bits not in HEADS:
+            accepted = ", ".join(f"{width:g}" for width in HEADS)
+            raise InputError(f"--head-bits {bits:g} is not supported; accepted are {accepted}")
+        return replace(self, head=HEADS[bits])
+
     def mean_bits(self) -> tuple[float, float, float]:
         """Nominal bits of weights, inputs (down's apart) and keys: `4.5 / 4.5 / 4.5`, scales not counted."""
         weights, inputs, key = (16.0 if p is None else p.mean_bits for p in (self.weights, self.inputs, self.key))
@@ -92,6 +102,11 @@ class Precision:
     def head_bands(self, layout: Layout | None, shape: Shape) -> Bands | None:
         """Bands of one head's coordinates."""
         return None if layout is None else layout.bands(shape.head_dim)
+
+    def lm_head_bands(self, shape: Shape) -> Bands | None:
+        """Bands of the columns of lm_head; its input has 8 bits, the logits are the most sensitive place of all."""
+        size = shape.hidden
+        return None if self.head is None else self.head.bands(size, BAND_MULTIPLE if size % BAND_MULTIPLE == 0 else 1)
 
     def input_bands(self, point: Point, shape: Shape) -> Bands | None:
         """Bands of the activation at `point`."""
@@ -245,6 +260,7 @@ class Recipe:
             "down_proj": ((p.down_inputs, p.down_weights), (Site.MLP_HIDDEN,)),
             "keys": ((p.key,), (Site.QUERY_KEY,)),
             "values": ((p.value,), (Site.VALUE,)),
+            "columns of lm_head": ((p.head,), (Site.RESIDUAL,)),
         }
         for what, (layouts, sites) in cuts.items():
             banded = any(layout is not None and layout.parts for layout in layouts)

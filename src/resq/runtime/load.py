@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from resq.backends.backend import Backend, LayerCache
-from resq.backends.reference import REFERENCE
+from resq.backends.choose import backend_named
 from resq.checkpoint.files import CheckpointReader, EndParts, Parts
 from resq.checkpoint.manifest import Manifest
-from resq.errors import BackendUnavailable, CheckpointError, InputError
+from resq.errors import CheckpointError, InputError
 from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role, Shape, architecture_for
 from resq.models.decoder import Ends, Layer
@@ -215,14 +215,14 @@ class Opened:
         return layer
 
 
-def load(checkpoint: str | Path, *, backend: Backend = REFERENCE, progress: Progress = silent) -> Model:
+def load(checkpoint: str | Path, *, backend: str | Backend | None = None, progress: Progress = silent) -> Model:
     """Open a packed checkpoint, a directory or a hub id; every file is checked against its recorded size and hash.
 
-    `model = resq.load("llama-resq")`. `progress` is told (phase, files read, files). Raises CheckpointError when
-    something is missing, altered or of another version, BackendUnavailable when the backend cannot run here.
+    `model = resq.load("llama-resq")`. backend: cpu (default) or reference, by name. `progress` is told (phase, files
+    read, files). Raises CheckpointError when something is missing, altered or of another version, BackendUnavailable
+    when the backend cannot run here.
     """
-    if reason := backend.unusable():
-        raise BackendUnavailable(f"backend {backend.name} cannot be used here: {reason}")
+    backend = backend_named(backend)
     opened = Opened(checkpoint)
     files = opened.shape.layers + 1
     ends = opened.ends().prepacked(backend)

@@ -1,0 +1,51 @@
+"""Which backend runs: the fastest one that can, or the one that was named."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from resq.backends.backend import Backend
+from resq.backends.cpu import CPU, native
+from resq.backends.reference import REFERENCE
+from resq.errors import BackendUnavailable, InputError, nearest
+
+# The order of preference.
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, REFERENCE)}
+
+
+def describe_system() -> dict[str, Any]:
+    """Which backend and instruction set are used here and why the others are not: backends, instruction_sets (name,
+    reason or None), active, threads."""
+    reasons = {name: backend.unusable() for name, backend in BACKENDS.items()}
+    usable = reasons[CPU.name] is None
+    sets = [{"name": each.name, "missing": each.missing} for each in native.instruction_sets()] if usable else []
+    return {
+        "backends": [{"name": name, "unusable": reason} for name, reason in reasons.items()],
+        "instruction_sets": sets,
+        "active": native.module().active() if usable else None,
+        "forced": os.environ.get(native.FORCE),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def backend_named(name: str | Backend | None = None) -> Backend:
+    """The backend of that name, or the first of `BACKENDS`; a Backend is returned as it is.
+
+    Raises InputError for an unknown name and BackendUnavailable when the backend cannot run here: a slower one is
+    never taken in its place.
+    """
+    if name is not None and not isinstance(name, str):
+        chosen = name
+    else:
+        name = next(iter(BACKENDS)) if name is None else name
+        if name not in BACKENDS:
+            raise InputError(f"no backend {name!r}; there are {', '.join(BACKENDS)}{nearest(name, BACKENDS)}")
+        chosen = BACKENDS[name]
+    if reason := chosen.unusable():
+        raise BackendUnavailable(
+            f"backend {chosen.name} cannot be used here: {reason}; backend {REFERENCE.name} runs everywhere, slowly"
+        )
+    return chosen

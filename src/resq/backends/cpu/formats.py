@@ -1,0 +1,199 @@
+"""Formats, norms and weights as the native module wants them: made once, kept while their originals live."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from resq.backends.cpu.native import module
+from resq.errors import InputError
+from resq.numerics.bands import Bands
+from resq.numerics.formats import PLAIN, ActivationFormat, Norm
+from resq.numerics.hadamard import unscaled_factor
+from resq.numerics.linear import DenseLinear, Linear
+from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation
+
+# The order of csrc/kernels.h: Element.
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class Kept(Generic[K, V]):
+    """State: what was made of objects, by identity, for as long as they live."""
+
+    def __init__(self, make: Callable[[K], V]) -> None:
+        self._make = make
+        self._kept: dict[int, tuple[Any, V]] = {}
+
+    def __call__(self, of: K) -> V:
+        """What was made of `of`."""
+        key = id(of)
+        found = self._kept.get(key)
+        if found is not None:
+            return found[1]
+        made = self._make(of)
+        self._kept[key] = (weakref.ref(of, lambda _: self._kept.pop(key, None)), made)
+        return made
+
+
+@dataclass(frozen=True)
+class NativeFormat:
+    """A format's handle and the tensors whose addresses it holds."""
+
+    handle: Any
+    held: tuple[Tensor, ...]
+
+
+def _wide(matrix: Tensor) -> tuple[Tensor, bool]:
+    """The matrix contiguous, as float64 when it is that and float32 otherwise (which holds 16-bit types exactly)."""
+    wide = matrix.dtype == torch.float64
+    return (matrix if wide else matrix.to(torch.float32)).contiguous(), wide
+
+
+def _set_map(handle: Any, map: LinearMap) -> tuple[Tensor, ...]:
+    match map:
+        case Permutation():
+            index = map.index.to(torch.int32).contiguous()
+            handle.permute(map.size, index.data_ptr())
+            return (index,)
+        case Hadamard():
+            plan = map.plan
+            if plan.order == 1:
+                handle.hadamard(map.size, plan.power, 1, map.inner, 0, True)
+                return ()
+            factor = unscaled_factor(plan).contiguous()
+            signs = bool((factor.abs() == 1).all())
+            handle.hadamard(map.size, plan.power, plan.order, map.inner, factor.data_ptr(), signs)
+            return (factor,)
+        case Dense():
+            matrix, wide = _wide(map.matrix)
+            handle.multiply(map.size, 1, matrix.data_ptr(), wide)
+            return (matrix,)
+        case PerHead():
+            whole = map.matrices if map.scales is None else map.matrices.double() * map.scales.double()[:, None, :]
+            matrix, wide = _wide(whole)
+            handle.multiply(map.size, map.matrices.shape[0], matrix.data_ptr(), wide)
+            return (matrix,)
+
+
+def _native_format(format: ActivationFormat) -> NativeFormat:
+    pairs = [] if format.bands is None else format.bands.pairs
+    most = module().MAX_BANDS
+    if len(pairs) > most:
+        raise InputError(f"an activation has {len(pairs)} bands; the CPU backend takes up to {most}")
+    half = format.scale_dtype == torch.float16
+    handle = module().Format(pairs, format.groups, half, format.map_input_bits or 0)
+    held = () if format.map is None else _set_map(handle, format.map)
+    return NativeFormat(handle, held)
+
+
+native_format: Kept[ActivationFormat, NativeFormat] = Kept(_native_format)
+
+
+@dataclass(frozen=True)
+class NativeNorm:
+    """(eps, address of the float64 gains or 0), and the gains."""
+
+    argument: tuple[float, int]
+    gain: Tensor | None
+
+
+def _native_norm(norm: Norm) -> NativeNorm:
+    gain = None if norm.gain is None else norm.gain.to(torch.float64).contiguous()
+    return NativeNorm((norm.eps, 0 if gain is None else gain.data_ptr()), gain)
+
+
+native_norm: Kept[Norm, NativeNorm] = Kept(_native_norm)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A packed linear in panels (csrc/linear.h). inputs, groups: the cut of the activations it was made for."""
+
+    handle: Any
+    out: int
+    size: int
+    inputs: Bands
+    groups: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of panels, scales and column sums, padding included."""
+        return self.handle.nbytes
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """Plain weights [out, in] read where they lie, which may be a mapped file; bias float32 or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+    element: int
+
+    @property
+    def out(self) -> int:
+        """Outputs."""
+        return self.weight.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Inputs."""
+        return self.weight.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        return self.weight.numel() * self.weight.element_size()
+
+
+Weight = PackedWeight | DenseWeight
+
+
+def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
+    """Panels of a packed linear, or a plain linear as it lies. inputs: the format of the activations it will meet.
+
+    Raises InputError when a band of the weights crosses one of the inputs.
+    """
+    if isinstance(linear, DenseLinear):
+        weight = linear.weight if linear.weight.dtype in ELEMENTS else linear.weight.to(torch.float32)
+        if weight.stride(-1) != 1:
+            weight = weight.contiguous()
+        bias = None if linear.bias is None else linear.bias.to(torch.float32).contiguous()
+        return DenseWeight(weight, bias, ELEMENTS.index(weight.dtype))
+    cut = linear.bands if inputs.bands is None else inputs.bands
+    groups = 1 if inputs.bands is None else inputs.groups
+    source = source_bands(cut, linear.bands, groups)
+    stored = [part.contiguous() for part in linear.qweight]
+    bands = [
+        (rows.data_ptr(), rows.stride(0), band.bits, band.size) for band, rows in zip(linear.bands, stored, strict=True)
+    ]
+    scale = linear.scale.contiguous()
+    bias = None if linear.bias is None else linear.bias.to(torch.float32).contiguous()
+    out, size = linear.shape
+    base = 0 if bias is None else bias.data_ptr()
+    threads = torch.get_num_threads()
+    handle = module().PackedLinear(threads, out, size, bands, source, groups, scale.data_ptr(), base)
+    return PackedWeight(handle, out, size, cut, groups)
+
+
+def source_bands(inputs: Bands, weights: Bands, groups: int) -> list[int]:
+    """The activation band of every weight band. Raises InputError when the cuts do not fit."""
+    outer = inputs.slices()
+    source = []
+    for band, cut in zip(weights, weights.slices(), strict=True):
+        fits = [i for i, each in enumerate(outer) if each.start <= cut.start and cut.stop <= each.stop]
+        if not fits or (groups > 1 and inputs.bands[fits[0]].size != band.size):
+            raise InputError(
+                f"weight bands {weights.pairs} do not fit activation bands {inputs.pairs} of {groups} groups; "
+                "a weight band lies inside one activation band, and is all of it where there are several groups"
+            )
+        source.append(fits[0])
+    return source
