@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # One process per core, each with one thread: the tests' tensors are tiny. A process takes about 1 GB.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install check fmt test test-slow tables clean
+.PHONY: demo install check fmt test test-slow sanitize bench tables clean
 
 # The first command on a fresh machine: installs, then quantizes a tiny embedded model with every recipe.
 demo: $(STAMP)
@@ -41,6 +41,22 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
+
+# The backend's tests against kernels built with the address and undefined-behaviour sanitizers.
+SANITIZED := build/sanitize
+sanitize: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(SANITIZED) -DRESQ_SANITIZE=ON -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python
+	cmake --build $(SANITIZED) --parallel 2
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so):$$($(CXX) -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 RESQ_TEST_NATIVE=$(CURDIR)/$(SANITIZED) \
+	  $(BIN)/python -m pytest -p no:xdist tests/backends -m "not slow" -k "not machine_code"
+
+# Speed beside the machine's limits and beside peers, in one run; an idle machine and half an hour. Appends rows.
+BENCH := $(BIN)/resq bench --shape llama-3.2-1b --out results/speed.jsonl
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench]'
+	$(BENCH) --prefill 512 --prefill 2048 --batch 1 --batch 8 --head-bits 8 --against rtn,torch-bf16,openvino,llama.cpp
+	$(BENCH) --prefill 512 --batch 1 --head-bits 4.5 --against openvino,llama.cpp
 
 # Rewrites the tables in README.md and docs, and the picture, from results/*.jsonl.
 tables: $(STAMP)

@@ -52,16 +52,16 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[
     """One query at a time in float64: q [b, t, H, h], k and v [b, length, G, h] -> [b, t, H·h]."""
     q, k, v = q.double(), k.double(), v.double()
     batch, tokens, heads, size = q.shape
-    length, share = k.shape[1], heads // k.shape[2]
+    length, kv_heads = k.shape[1], k.shape[2]
     out = torch.empty(batch, tokens, heads, size, dtype=torch.float64)
     for b in range(batch):
         for t in range(tokens):
             here = length - tokens + t
             first = starts[b] if window is None else max(starts[b], here - window + 1)
             slots = slice(min(first, here), here + 1)
-            for head in range(heads):
-                score = torch.softmax(k[b, slots, head // share] @ q[b, t, head] * scale, dim=0)
-                out[b, t, head] = score @ v[b, slots, head // share]
+            groups = q[b, t].unflatten(0, (kv_heads, -1))  # [G, H / G, h]: which queries share a key
+            weights = torch.softmax(torch.einsum("gjh,sgh->gjs", groups, k[b, slots]) * scale, dim=-1)
+            out[b, t] = torch.einsum("gjs,sgh->gjh", weights, v[b, slots]).flatten(0, 1)
     return out.flatten(-2)
 
 
@@ -76,9 +76,9 @@ def instruction_sets() -> list[str]:
 def poisoned() -> Iterator[None]:
     """What torch allocates inside is filled with NaN, or the largest integer."""
     before = torch.are_deterministic_algorithms_enabled()
-    assert torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     try:
+        assert torch.empty(1).isnan().all()
         yield
     finally:
         torch.use_deterministic_algorithms(before)

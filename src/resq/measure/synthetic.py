@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -88,7 +90,7 @@ def synthetic(
 
 def _ends(shape: Shape, recipe: Recipe, generator: torch.Generator) -> Ends:
     """The table in bfloat16; the head as the recipe has it: packed, or the table after the online map of a tied one."""
-    embed = torch.randn(shape.vocab, shape.hidden, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+    embed = mapped_table(shape, generator)
     norm = Norm(shape.eps)
     bands = recipe.precision.lm_head_bands(shape)
     if bands is not None:
@@ -98,6 +100,20 @@ def _ends(shape: Shape, recipe: Recipe, generator: torch.Generator) -> Ends:
         return Ends(embed, norm, PLAIN, DenseLinear(embed.clone()))
     turn = Dense(torch.randn(shape.hidden, shape.hidden, generator=generator) * shape.hidden**-0.5, orthogonal=False)
     return Ends(embed, norm, ActivationFormat(turn) if recipe.folds_norms else PLAIN, DenseLinear(embed))
+
+
+def mapped_table(shape: Shape, generator: torch.Generator) -> Tensor:
+    """A random bfloat16 table [vocab, hidden] in a mapped file, as a checkpoint's is; the file has no name any more."""
+    with tempfile.NamedTemporaryFile(prefix="resq-table-") as file:
+        size = shape.vocab * shape.hidden
+        os.truncate(file.name, 2 * size)
+        table = torch.from_file(file.name, shared=True, size=size, dtype=torch.bfloat16)
+    table = table.view(shape.vocab, shape.hidden)
+    rows = torch.randn(min(shape.vocab, 4096), shape.hidden, generator=generator).to(torch.bfloat16)
+    for start in range(0, shape.vocab, len(rows)):
+        part = table[start : start + len(rows)]
+        part.copy_(rows[: len(part)])
+    return table
 
 
 def online_maps(recipe: Recipe, shape: Shape, seed: int) -> dict[At, LinearMap]:

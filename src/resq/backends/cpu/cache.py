@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from resq.backends.cpu.formats import native_format
+from resq.errors import InputError
 from resq.numerics.affine import Quantized
 from resq.numerics.formats import ActivationFormat, HeadFormats
 
@@ -94,10 +95,18 @@ class Cache:
     def __init__(self, formats: HeadFormats) -> None:
         self.keys, self.values = Store(formats.key), Store(formats.value)
         self._length = 0
+        self.size = 0  # coordinates of a head, once there is one
 
     def extend(self, batch: int, kv_heads: int, head_dim: int, tokens: int) -> int:
         """Make room for `tokens` more; returns the first one's slot."""
         start = self._length
+        held = self.keys.data
+        if held is not None and (held.shape[0], held.shape[1], self.size) != (batch, kv_heads, head_dim):
+            raise InputError(
+                f"keys of {batch} rows and {kv_heads} heads of {head_dim} cannot follow {held.shape[0]} rows and "
+                f"{held.shape[1]} heads of {self.size} in a cache"
+            )
+        self.size = head_dim
         for store in (self.keys, self.values):
             store.reserve(batch, kv_heads, head_dim, start, start + tokens)
         self._length = start + tokens

@@ -13,7 +13,7 @@ from torch import Tensor
 from resq.backends.cpu.native import module
 from resq.errors import InputError
 from resq.numerics.bands import Bands
-from resq.numerics.formats import PLAIN, ActivationFormat, Norm
+from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.hadamard import unscaled_factor
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation
@@ -21,6 +21,9 @@ from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation
 # The order of csrc/kernels.h: Element.
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 
+
+# 255 · 128 · n must stay below 2^31: the largest product of an activation and a weight, n times.
+LONGEST = (2**31 - 1) // (255 * 128)
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -46,9 +49,10 @@ class Kept(Generic[K, V]):
 
 @dataclass(frozen=True)
 class NativeFormat:
-    """A format's handle and the tensors whose addresses it holds."""
+    """A format's handle, the coordinates it takes (0: any) and the tensors whose addresses it holds."""
 
     handle: Any
+    size: int
     held: tuple[Tensor, ...]
 
 
@@ -92,7 +96,10 @@ def _native_format(format: ActivationFormat) -> NativeFormat:
     half = format.scale_dtype == torch.float16
     handle = module().Format(pairs, format.groups, half, format.map_input_bits or 0)
     held = () if format.map is None else _set_map(handle, format.map)
-    return NativeFormat(handle, held)
+    sizes = {part.size for part in (format.bands, format.map) if part is not None}
+    if len(sizes) > 1:
+        raise InputError(f"bands and map of an activation cover {' and '.join(map(str, sorted(sizes)))} coordinates")
+    return NativeFormat(handle, sizes.pop() if sizes else 0, held)
 
 
 native_format: Kept[ActivationFormat, NativeFormat] = Kept(_native_format)
@@ -100,18 +107,41 @@ native_format: Kept[ActivationFormat, NativeFormat] = Kept(_native_format)
 
 @dataclass(frozen=True)
 class NativeNorm:
-    """(eps, address of the float64 gains or 0), and the gains."""
+    """(eps, address of the float64 gains or 0), the coordinates (0: any), and the gains."""
 
     argument: tuple[float, int]
+    size: int
     gain: Tensor | None
 
 
 def _native_norm(norm: Norm) -> NativeNorm:
-    gain = None if norm.gain is None else norm.gain.to(torch.float64).contiguous()
-    return NativeNorm((norm.eps, 0 if gain is None else gain.data_ptr()), gain)
+    if norm.gain is None:
+        return NativeNorm((norm.eps, 0), 0, None)
+    gain = norm.gain.to(torch.float64).contiguous()
+    return NativeNorm((norm.eps, gain.data_ptr()), gain.numel(), gain)
 
 
 native_norm: Kept[Norm, NativeNorm] = Kept(_native_norm)
+
+
+@dataclass(frozen=True)
+class NativeHeads:
+    """What rope_append takes of a layer's formats: norms of query and key heads, the query's format; and the
+    coordinates of a head that all formats ask for (0: any)."""
+
+    arguments: tuple[tuple[float, int] | None, tuple[float, int] | None, Any]
+    sizes: frozenset[int]
+
+
+def _native_heads(formats: HeadFormats) -> NativeHeads:
+    norms = [None if norm is None else native_norm(norm) for norm in (formats.query_norm, formats.key_norm)]
+    natives = [native_format(each) for each in (formats.query, formats.key, formats.value)]
+    sizes = frozenset([each.size for each in natives] + [norm.size for norm in norms if norm is not None])
+    query, key = (None if norm is None else norm.argument for norm in norms)
+    return NativeHeads((query, key, natives[0].handle), sizes)
+
+
+native_heads: Kept[HeadFormats, NativeHeads] = Kept(_native_heads)
 
 
 @dataclass(frozen=True)
@@ -178,6 +208,9 @@ def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
     scale = linear.scale.contiguous()
     bias = None if linear.bias is None else linear.bias.to(torch.float32).contiguous()
     out, size = linear.shape
+    widest = max(band.size for band in linear.bands) // groups
+    if widest > LONGEST:
+        raise InputError(f"a band of {widest} columns overflows 32-bit sums; the CPU backend takes up to {LONGEST}")
     base = 0 if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
     handle = module().PackedLinear(threads, out, size, bands, source, groups, scale.data_ptr(), base)

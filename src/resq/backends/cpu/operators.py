@@ -9,73 +9,116 @@ from torch import Tensor
 
 from resq.backends.backend import Activations, Backend
 from resq.backends.cpu.cache import Cache
-from resq.backends.cpu.formats import DenseWeight, PackedWeight, Weight, native_format, native_norm, prepack
+from resq.backends.cpu.formats import (
+    DenseWeight,
+    PackedWeight,
+    Weight,
+    native_format,
+    native_heads,
+    native_norm,
+    prepack,
+)
 from resq.backends.cpu.native import module, unusable
 from resq.errors import InputError
 from resq.numerics.affine import Quantized
+from resq.numerics.bands import Bands
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 
+# csrc/kernels.h: kTail, readable bytes after a row's last coordinate.
+TAIL = 64
 # csrc/kernels.h: Source.
 PLAIN_SOURCE, NORM_SOURCE, SILU_SOURCE = 0, 1, 2
 
 
 def _floats(x: Tensor) -> Tensor:
-    """float32 with contiguous rows of one stride: [..., n]."""
-    return x.to(torch.float32).contiguous()
+    """float32 with contiguous rows: [..., n]."""
+    # Asking costs a tenth of a conversion that does nothing, and a decode step asks some hundred times.
+    return x if x.dtype is torch.float32 and x.is_contiguous() else x.to(torch.float32).contiguous()
+
+
+class Rows(Quantized):
+    """Quantized activations in one allocation, as the kernels write and read them.
+
+    buffer uint8: `rows` rows of integers `ld` bytes apart, then scales float32 [rows, bands, groups], then zero points
+    uint8. q, scale and zero are views, made when asked for. Kernels read whole blocks and multiply what is beyond a row
+    by zero weights: any byte will do there.
+    """
+
+    lead: torch.Size
+    size: int
+    buffer: Tensor
+    rows: int
+    ld: int
+    ranges: int
+    addresses: tuple[int, int, int]  # of q, scale and zero
+
+    def __init__(self, lead: torch.Size, n: int, bands: Bands, groups: int) -> None:
+        rows, ranges = lead.numel(), len(bands) * groups
+        # An odd number of lines: rows a power of two apart would share few cache sets.
+        ld = (n + 63) // 64 * 64 + TAIL
+        ld += 64 * (ld // 64 % 2 == 0)
+        buffer = torch.empty(rows * (ld + 5 * ranges), dtype=torch.uint8)
+        address = buffer.data_ptr()
+        self.__dict__.update(
+            lead=lead,
+            size=n,
+            bands=bands,
+            groups=groups,
+            buffer=buffer,
+            rows=rows,
+            ld=ld,
+            ranges=ranges,
+            addresses=(address, address + rows * ld, address + rows * (ld + 4 * ranges)),
+        )
+
+    def __getattr__(self, name: str) -> Tensor:
+        """The views of `Quantized`."""
+        start, ranges = self.rows * self.ld, self.rows * self.ranges
+        if name == "q":
+            found = self.buffer[:start].view(*self.lead, self.ld)[..., : self.size]
+        elif name == "scale":
+            raw = self.buffer[start : start + 4 * ranges]
+            found = raw.view(torch.float32).view(*self.lead, len(self.bands), self.groups)
+        elif name == "zero":
+            found = self.buffer[start + 4 * ranges :].view(*self.lead, len(self.bands), self.groups)
+        else:
+            raise AttributeError(name)
+        self.__dict__[name] = found
+        return found
 
 
 def _activate(source: int, x: Tensor, up: Tensor | None, norm: Norm | None, format: ActivationFormat) -> Activations:
-    x = _floats(x)
+    native, x = native_format(format), _floats(x)
     up = None if up is None else _floats(up)
-    native, n = native_format(format), x.shape[-1]
-    for what, size in (("bands", format.bands), ("map", format.map)):
-        if size is not None and size.size != n:
-            raise InputError(f"the {what} cover {size.size} coordinates, the activation has {n}")
-    if norm is not None and norm.gain is not None and norm.gain.shape != (n,):
-        raise InputError(f"a norm with gains {tuple(norm.gain.shape)} cannot take an activation of {n} coordinates")
-    lead, rows = x.shape[:-1], x.numel() // n if n else 0
-    threads = torch.get_num_threads()
-    upper = 0 if up is None else up.data_ptr()
-    normed = None if norm is None else native_norm(norm).argument
+    shape = x.shape
+    n = shape[-1]
+    if native.size not in (0, n):
+        raise InputError(f"the bands and map cover {native.size} coordinates, the activation has {n}")
+    normed = None if norm is None else native_norm(norm)
+    if normed is not None and normed.size not in (0, n):
+        raise InputError(f"a norm of {normed.size} gains cannot take an activation of {n} coordinates")
     if format.bands is None:
-        y = torch.empty_like(x)
-        module().activate(
-            threads, source, x.data_ptr(), n, upper, n, rows, n, normed, native.handle, 0, 0, 0, 0, y.data_ptr()
-        )
-        return y
-    q, ld = _rows_of_bytes(lead, rows, n)
-    scale = torch.empty(*lead, len(format.bands), format.groups)
-    zero = torch.empty(*lead, len(format.bands), format.groups, dtype=torch.uint8)
+        plain = torch.empty_like(x)
+        result: Activations = plain
+        target = (0, 0, 0, 0, plain.data_ptr())
+    else:
+        result = rows = Rows(shape[:-1], n, format.bands, format.groups)
+        q, scale, zero = rows.addresses
+        target = (q, rows.ld, scale, zero, 0)
     module().activate(
-        threads,
+        torch.get_num_threads(),
         source,
         x.data_ptr(),
         n,
-        upper,
+        0 if up is None else up.data_ptr(),
         n,
-        rows,
+        x.numel() // n if n else 0,
         n,
-        normed,
+        None if normed is None else normed.argument,
         native.handle,
-        q.data_ptr(),
-        ld,
-        scale.data_ptr(),
-        zero.data_ptr(),
-        0,
+        *target,
     )
-    return Quantized(q, scale, zero, format.bands, format.groups)
-
-
-def _rows_of_bytes(lead: torch.Size, rows: int, n: int) -> tuple[Tensor, int]:
-    """uint8 [*lead, n] whose rows are `ld` bytes apart, with the bytes after the last row that kernels may read."""
-    ld = -(-n // 64) * 64 + module().TAIL
-    if ld // 64 % 2 == 0:  # rows an even number of lines apart would share few cache sets
-        ld += 64
-    strides = [ld]
-    for size in reversed(lead[1:]):
-        strides.insert(0, strides[0] * size)
-    # Kernels read whole blocks and multiply what is beyond a row by zero weights: any byte will do.
-    return torch.empty(rows * ld, dtype=torch.uint8).as_strided((*lead, n), (*strides[: len(lead)], 1)), ld
+    return result
 
 
 def norm_quantize(x: Tensor, norm: Norm, format: ActivationFormat) -> Activations:
@@ -95,23 +138,18 @@ def act_hadamard_quantize(gate: Tensor, up: Tensor, format: ActivationFormat) ->
     return _activate(SILU_SOURCE, gate, up, None, format)
 
 
-def _readable(x: Quantized) -> tuple[Tensor, int]:
-    """The integers with rows of one stride and readable bytes after the last; a copy where they are not so."""
-    q, n = x.q, x.q.shape[-1]
-    rows = q.numel() // n
-    ld = q.stride(-2) if q.ndim > 1 else n
-    regular = q.stride(-1) == 1 and all(q.stride(i) == q.stride(i + 1) * q.shape[i + 1] for i in range(q.ndim - 2))
-    if regular and rows:
-        room = q.untyped_storage().nbytes() - q.storage_offset()
-        if (rows - 1) * ld + n + module().TAIL <= room:
-            return q, ld
-    copy, ld = _rows_of_bytes(q.shape[:-1], rows, n)
-    copy.copy_(q)
-    return copy, ld
+def _rows(x: Quantized) -> Rows:
+    """The same integers where kernels can read them."""
+    if isinstance(x, Rows):
+        return x
+    rows = Rows(x.q.shape[:-1], x.q.shape[-1], x.bands, x.groups)
+    for ours, theirs in ((rows.q, x.q), (rows.scale, x.scale), (rows.zero, x.zero)):
+        ours.copy_(theirs)
+    return rows
 
 
-def _outputs(x_shape: torch.Size, weights: Sequence[Weight], onto: Tensor | None) -> tuple[list[Tensor], list[int]]:
-    outs = [torch.empty(*x_shape[:-1], weight.out) for weight in weights]
+def _outputs(lead: torch.Size, weights: Sequence[Weight], onto: Tensor | None) -> tuple[list[Tensor], list[int]]:
+    outs = [torch.empty(*lead, weight.out) for weight in weights]
     if onto is None:
         return outs, [0] * len(outs)
     if onto.shape != outs[0].shape:
@@ -122,12 +160,16 @@ def _outputs(x_shape: torch.Size, weights: Sequence[Weight], onto: Tensor | None
 def linears(x: Activations, weights: Sequence[Weight], onto: Tensor | None = None) -> list[Tensor]:
     """x [b, t, in] times every weight, float32 [b, t, out] each, in one pass over the shared input; the first is added
     to onto [b, t, out] where given."""
-    shape = x.q.shape if isinstance(x, Quantized) else x.shape
+    if isinstance(x, Quantized):
+        x = _rows(x)
+        lead, n = x.lead, x.size
+    else:
+        lead, n = x.shape[:-1], x.shape[-1]
     for weight in weights:
-        if weight.size != shape[-1]:
-            raise InputError(f"a linear of {weight.size} inputs cannot take an activation of {shape[-1]} coordinates")
+        if weight.size != n:
+            raise InputError(f"a linear of {weight.size} inputs cannot take an activation of {n} coordinates")
     onto = None if onto is None else _floats(onto)
-    threads, rows = torch.get_num_threads(), shape[:-1].numel()
+    threads, rows = torch.get_num_threads(), lead.numel()
     packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
     if len(packed) != len(weights):
         values = x.dequantize() if isinstance(x, Quantized) else x
@@ -135,22 +177,19 @@ def linears(x: Activations, weights: Sequence[Weight], onto: Tensor | None = Non
             return [linears(x, [weight], None if index else onto)[0] for index, weight in enumerate(weights)]
         plain = [weight for weight in weights if isinstance(weight, DenseWeight)]
         return [_dense(_floats(values), weight, None if index else onto) for index, weight in enumerate(plain)]
-    outs, under = _outputs(shape, weights, onto)
+    outs, under = _outputs(lead, weights, onto)
     targets = [
         (weight.handle, out.data_ptr(), weight.out, base, weight.out)
         for weight, out, base in zip(packed, outs, under, strict=True)
     ]
     if isinstance(x, Tensor):
         values = _floats(x)
-        module().float_linears(threads, values.data_ptr(), shape[-1], rows, targets)
+        module().float_linears(threads, values.data_ptr(), n, rows, targets)
         return outs
-    q, ld = _readable(x)
-    scale, zero = x.scale.contiguous(), x.zero.contiguous()
     for weight in packed:
         _check_cut(x, weight)
-    module().linears(
-        threads, q.data_ptr(), ld, scale.data_ptr(), zero.data_ptr(), len(x.bands) * x.groups, rows, targets
-    )
+    q, scale, zero = x.addresses
+    module().linears(threads, q, x.ld, scale, zero, x.ranges, rows, targets)
     return outs
 
 
@@ -163,7 +202,7 @@ def _check_cut(x: Quantized, weight: PackedWeight) -> None:
 
 
 def _dense(x: Tensor, weight: DenseWeight, onto: Tensor | None) -> Tensor:
-    (out,), (base,) = _outputs(x.shape, [weight], onto)
+    (out,), (base,) = _outputs(x.shape[:-1], [weight], onto)
     rows, bias = x.shape[:-1].numel(), weight.bias
     module().dense(
         torch.get_num_threads(),
@@ -187,21 +226,10 @@ def _dense(x: Tensor, weight: DenseWeight, onto: Tensor | None) -> Tensor:
 def accumulate(x: Quantized, weight: PackedWeight) -> Tensor:
     """Σ (q_x - z_x) q_w of every (weight band, group), int32 [rows, segments, out]: the exact part of a linear."""
     _check_cut(x, weight)
-    q, ld = _readable(x)
-    rows, scale, zero = x.q.shape[:-1].numel(), x.scale.contiguous(), x.zero.contiguous()
-    sums = torch.empty(rows, weight.handle.segments, weight.out, dtype=torch.int32)
-    ranges = len(x.bands) * x.groups
-    module().accumulate(
-        torch.get_num_threads(),
-        q.data_ptr(),
-        ld,
-        scale.data_ptr(),
-        zero.data_ptr(),
-        ranges,
-        rows,
-        weight.handle,
-        sums.data_ptr(),
-    )
+    x = _rows(x)
+    q, scale, zero = x.addresses
+    sums = torch.empty(x.rows, weight.handle.segments, weight.out, dtype=torch.int32)
+    module().accumulate(torch.get_num_threads(), q, x.ld, scale, zero, x.ranges, x.rows, weight.handle, sums.data_ptr())
     return sums
 
 
@@ -209,12 +237,18 @@ def rope_project_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, formats: HeadFormats, cache: Cache
 ) -> Tensor:
     """Each head's norm, RoPE, maps, rounding, append: q [b, t, H, h], k and v [b, t, G, h] -> projected q."""
-    q, k, v, cos, sin = (_floats(each) for each in (q, k, v, cos, sin))
+    q, k, v, cos, sin = _floats(q), _floats(k), _floats(v), _floats(cos), _floats(sin)
     (batch, tokens, heads, size), kv_heads = q.shape, k.shape[2]
-    if k.shape != v.shape or k.shape != (batch, tokens, kv_heads, size) or cos.shape != (batch, tokens, size):
-        raise InputError(
-            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} and cos {tuple(cos.shape)} do not fit together"
+    fit = k.shape == v.shape == (batch, tokens, kv_heads, size) and cos.shape == sin.shape == (batch, tokens, size)
+    if not fit or size % 2:
+        shapes = ", ".join(
+            f"{name} {list(each.shape)}"
+            for name, each in zip(["q", "k", "v", "cos", "sin"], (q, k, v, cos, sin), strict=True)
         )
+        raise InputError(f"queries, keys, values and RoPE tables do not fit together: {shapes}")
+    heads_of = native_heads(formats)
+    if not heads_of.sizes <= {0, size}:
+        raise InputError(f"formats of heads of {sorted(heads_of.sizes - {0})} coordinates cannot take heads of {size}")
     position = cache.extend(batch, kv_heads, size, tokens)
     out = torch.empty_like(q)
     module().rope_append(
@@ -232,9 +266,7 @@ def rope_project_append(
         size,
         cos.data_ptr(),
         sin.data_ptr(),
-        None if formats.query_norm is None else native_norm(formats.query_norm).argument,
-        None if formats.key_norm is None else native_norm(formats.key_norm).argument,
-        native_format(formats.query).handle,
+        *heads_of.arguments,
         cache.keys.argument,
         cache.values.argument,
         position,
@@ -248,8 +280,11 @@ def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window:
     q = _floats(q)
     batch, tokens, heads, size = q.shape
     keys = cache.keys.data
-    if keys is None or tokens > cache.length or keys.shape[0] != batch or heads % keys.shape[1]:
-        raise InputError(f"queries {tuple(q.shape)} do not fit a cache of {cache.length} tokens")
+    if keys is None or tokens > cache.length or keys.shape[0] != batch or heads % keys.shape[1] or size != cache.size:
+        held = "nothing" if keys is None else f"{keys.shape[0]} rows of {cache.length} tokens, {keys.shape[1]} heads"
+        raise InputError(f"queries {list(q.shape)} do not fit a cache of {held} of {cache.size} coordinates")
+    if starts is not None and starts.shape != (batch,):
+        raise InputError(f"starts {list(starts.shape)} do not fit a batch of {batch}; one first slot per row is needed")
     out = torch.empty(batch, tokens, heads * size)
     first = None if starts is None else starts.to(torch.int64).contiguous()
     module().attend(

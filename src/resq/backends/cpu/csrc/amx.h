@@ -208,24 +208,10 @@ struct Ahead {
 
 // ---- epilogue ----------------------------------------------------------------------------------------------------------
 
-// finish_row for a whole panel, past the caches.
-RESQ_INLINE void stream_row(const Packed& w, int64_t panel, Totals totals, const float* onto, float* out) {
-  for (int tile = 0; tile < 2; tile++) {
-    const int64_t at = panel * kPanel + tile * 16;
-    F16 y = totals.tile[tile];
-    if (w.bias) y += load<F16>(w.bias + at);
-    if (onto) y = load<F16>(onto + at) + y;
-    _mm512_stream_ps(out + at, (__m512)y);
-  }
-}
-
 // Sums of the segments of a block of rows, queued until their epilogue is done.
 struct Drain {
   static constexpr int64_t kSlots = 4, kSums = kBlockRows * kPanel;
   static constexpr int64_t kBytes = (kSlots + 1) * kSums * 4;
-  // Outputs larger than what L2 caches keep are not brought into them: a store that misses would read the line first.
-  // The prototype gained by it with 32 MB; where the gain begins was not measured.
-  static constexpr int64_t kStreamBytes = 4 << 20;
 
   struct Part {
     int64_t panel, first;  // of the block's rows
@@ -244,9 +230,7 @@ struct Drain {
 
   Drain(const LinearCall& c, int64_t rows, void* scratch)
       : call(c),
-        // In place, the line was just read.
-        stream(c.rows * c.weight->out * 4 >= kStreamBytes && c.onto != c.out &&
-               ((uintptr_t)c.out | (uintptr_t)(c.ldo * 4)) % 64 == 0),
+        stream(streams(c)),
         sums((int32_t*)scratch),
         totals((float*)(sums + kSlots * kSums)) {
     const int64_t all = panel_steps(*c.weight);
@@ -260,7 +244,7 @@ struct Drain {
   }
   void all() {
     while (head != tail) some(kBlockRows);
-    if (stream) _mm_sfence();
+    if (stream) stream_end();
   }
   // Where the next part's sums go.
   int32_t* slot() {
@@ -294,7 +278,6 @@ struct Drain {
     LinearCall local = call;
     local.weight = &w;
     if (kind != integers) local.sums = nullptr;
-    const bool past = stream && (part.panel + 1) * kPanel <= w.out;
     const int32_t* from = sums + head % kSlots * kSums;
     for (int64_t r = row; r < end; r++) {
       const int64_t at = part.first + r;
@@ -309,8 +292,7 @@ struct Drain {
       } else if (kind == outputs) {
         const float* onto = local.onto ? local.onto + at * local.ldonto : nullptr;
         float* out = local.out + at * local.ldo;
-        if (past) stream_row(w, part.panel, both, onto, out);
-        else finish_row(w, part.panel, both, onto, out);
+        finish_row(w, part.panel, both, onto, out, stream);
       }
     }
   }

@@ -173,6 +173,9 @@ static __attribute__((always_inline)) inline void segment_unpacked(const Segment
   for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = I16{};
   for (int64_t k = 0; k < 2 * seg.blocks; k++, w += 128, x += 4) {
     const I16 w0 = load<I16>(w), w1 = load<I16>(w + 64);
+    // From L2, where an unpacked panel does not fit L1.
+    __builtin_prefetch(w + 1024);
+    __builtin_prefetch(w + 1088);
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const I16 v = four(x + r * ldx);
@@ -210,8 +213,41 @@ RESQ_INLINE void add_segment(const LinearCall& call, int64_t panel, int s, int64
   }
 }
 
+// Outputs larger than what L2 keeps are not brought into it: a store that misses would read the line first. The
+// threshold is two L2 caches of a server core; where the gain begins depends on the machine.
+constexpr int64_t kStreamBytes = 4 << 20;
+
+// Whether a call's outputs go past the caches. In place, the line was just read.
+RESQ_INLINE bool streams(const LinearCall& call) {
+#if defined(__AVX2__)
+  return call.rows * call.weight->out * 4 >= kStreamBytes && call.onto != call.out &&
+         ((uintptr_t)call.out | (uintptr_t)(call.ldo * 4)) % 64 == 0;
+#else
+  (void)call;
+  return false;
+#endif
+}
+RESQ_INLINE void stream_store(float* p, F16 v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  const Halves both = halves(v);
+  _mm256_stream_ps(p, (__m256)both.low);
+  _mm256_stream_ps(p + 8, (__m256)both.high);
+#else
+  store(p, v);
+#endif
+}
+// After the last of them, before another thread reads.
+RESQ_INLINE void stream_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
 // Bias, what the result is added to, and the store.
-RESQ_INLINE void finish_row(const Packed& w, int64_t panel, Totals totals, const float* onto, float* out) {
+RESQ_INLINE void finish_row(const Packed& w, int64_t panel, Totals totals, const float* onto, float* out,
+                            bool stream = false) {
   const int64_t first = panel * kPanel;
   const int64_t count = w.out - first < kPanel ? w.out - first : kPanel;
   if (w.bias)
@@ -220,7 +256,8 @@ RESQ_INLINE void finish_row(const Packed& w, int64_t panel, Totals totals, const
     for (int tile = 0; tile < 2; tile++) {
       F16 y = totals.tile[tile];
       if (onto) y = load<F16>(onto + first + tile * 16) + y;
-      store(out + first + tile * 16, y);
+      if (stream) stream_store(out + first + tile * 16, y);
+      else store(out + first + tile * 16, y);
     }
     return;
   }
@@ -248,7 +285,7 @@ static void rows_packed(const LinearCall& call, int64_t panel, int64_t row) {
 }
 
 template <int R>
-static void rows_unpacked(const LinearCall& call, const uint8_t* unpacked, int64_t panel, int64_t row) {
+static void rows_unpacked(const LinearCall& call, const uint8_t* unpacked, int64_t panel, int64_t row, bool stream) {
   const Packed& w = *call.weight;
   Totals totals[R] = {};
   for (int s = 0; s < w.segments; s++) {
@@ -261,7 +298,7 @@ static void rows_unpacked(const LinearCall& call, const uint8_t* unpacked, int64
   if (call.sums) return;
   for (int r = 0; r < R; r++)
     finish_row(w, panel, totals[r], call.onto ? call.onto + (row + r) * call.ldonto : nullptr,
-               call.out + (row + r) * call.ldo);
+               call.out + (row + r) * call.ldo, stream);
 }
 
 // Calls RESQ_ROWS(R) with `row` for the rows begin … end - 1, in groups of nearly equal size up to kRows: a last group
@@ -323,6 +360,7 @@ static void linear(const LinearCall& call, int64_t panel_begin, int64_t panel_en
   int64_t block = kRowBlockBytes / (w.in < 1 ? 1 : w.in) / kRows * kRows;
   if (block < 4 * kRows) block = 4 * kRows;
   uint8_t* unpacked = (uint8_t*)scratch;
+  const bool stream = streams(call);
   for (int64_t first = 0; first < call.rows; first += block) {
     const int64_t last = call.rows - first < block ? call.rows : first + block;
     for (int64_t panel = panel_begin; panel < panel_end; panel++) {
@@ -331,11 +369,12 @@ static void linear(const LinearCall& call, int64_t panel_begin, int64_t panel_en
         unpack_segment(w.segment[s], w.data + panel * w.panel_bytes + w.segment[s].offset, to);
         to += unpacked_bytes(w.segment[s]);
       }
-#define RESQ_ROWS(R) rows_unpacked<R>(call, unpacked, panel, row)
+#define RESQ_ROWS(R) rows_unpacked<R>(call, unpacked, panel, row, stream)
       RESQ_BY_ROWS(first, last, RESQ_ROWS)
 #undef RESQ_ROWS
     }
   }
+  if (stream) stream_end();
 }
 
 // ---- float activations ---------------------------------------------------------------------------------------------------

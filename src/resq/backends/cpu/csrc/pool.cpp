@@ -54,40 +54,41 @@ struct Job {
   const Work* work;
   int64_t count, piece;
   size_t scratch;
-  int helpers;  // workers 1 … helpers take part
 };
 
-// State: the threads, asleep on `wake_` when idle. A job is announced by a new generation.
+// State: the threads, asleep on `wake_` when idle, and a gate that lets up to `helpers` of them into the current job:
+//   generation (32 bits) | helpers (15) | closed (1) | entered (16)
+// The caller closes the gate when no piece is left and waits for those who entered: a thread that the system has not
+// woken yet is not waited for, it finds the gate closed and goes on waiting.
 class Pool {
  public:
-  void run(int threads, const Job& wanted) {
+  void run(int threads, const Job& job) {
     std::lock_guard<std::mutex> one_at_a_time(calls_);
-    const int helpers = threads - 1;
-    while ((int)threads_.size() < helpers) {
-      arenas_.push_back(new Arena);
-      const int index = (int)threads_.size() + 1;
-      threads_.emplace_back([this, index, seen = generation_.load()] { live(index, seen); });
-    }
-    job_ = wanted;
-    job_.helpers = helpers;
+    job_ = job;
     next_.store(0, std::memory_order_relaxed);
     failed_ = nullptr;
-    if (!helpers) {
-      take(0);
-      if (failed_) std::rethrow_exception(failed_);
-      return;
+    const int helpers = threads - 1 < kMost ? threads - 1 : kMost;
+    if (helpers) {
+      while ((int)threads_.size() < helpers) {
+        arenas_.push_back(new Arena);
+        const int index = (int)threads_.size() + 1;
+        threads_.emplace_back([this, index, seen = gate_.load() >> 32] { live(index, (uint32_t)seen); });
+      }
+      left_.store(0, std::memory_order_relaxed);
+      const uint64_t generation = (gate_.load(std::memory_order_relaxed) >> 32) + 1;
+      {
+        std::lock_guard<std::mutex> lock(sleep_);
+        gate_.store(generation << 32 | (uint64_t)helpers << 17, std::memory_order_release);
+      }
+      if (sleepers_.load(std::memory_order_acquire)) wake_.notify_all();
     }
-    // Every thread of the pool answers every job, so that none can look at an old one later.
-    busy_.store((int)threads_.size(), std::memory_order_relaxed);
-    {
-      std::lock_guard<std::mutex> lock(sleep_);
-      generation_.fetch_add(1, std::memory_order_release);
-    }
-    if (sleepers_.load(std::memory_order_acquire)) wake_.notify_all();
     take(0);
-    for (int spins = 0; busy_.load(std::memory_order_acquire); spins++) {
-      relax();
-      if (spins > 2000) std::this_thread::yield();
+    if (helpers) {
+      const int entered = (int)(gate_.fetch_or(kClosed, std::memory_order_acq_rel) & kEntered);
+      for (int spins = 0; left_.load(std::memory_order_acquire) != entered; spins++) {
+        relax();
+        if (spins > 2000) std::this_thread::yield();
+      }
     }
     if (failed_) std::rethrow_exception(failed_);
   }
@@ -100,20 +101,35 @@ class Pool {
   }
 
  private:
-  void live(int index, uint64_t seen) {
+  static constexpr uint64_t kEntered = 0xFFFF, kClosed = 1 << 16;
+  static constexpr int kMost = (1 << 15) - 1;
+
+  // Whether this thread is let into the job of the gate's generation, which becomes `seen`.
+  bool enter(uint32_t& seen) {
+    uint64_t gate = gate_.load(std::memory_order_acquire);
+    for (;;) {
+      seen = (uint32_t)(gate >> 32);
+      if (gate & kClosed || (gate & kEntered) >= (gate >> 17 & kMost)) return false;
+      if (gate_.compare_exchange_weak(gate, gate + 1, std::memory_order_acq_rel)) return true;
+    }
+  }
+
+  bool idle(uint32_t seen) const { return (uint32_t)(gate_.load(std::memory_order_acquire) >> 32) == seen; }
+
+  void live(int index, uint32_t seen) {
     for (;;) {
       const auto until = Clock::now() + kAwake;
-      while (generation_.load(std::memory_order_acquire) == seen) {
+      while (idle(seen)) {
         for (int i = 0; i < 32; i++) relax();
         if (Clock::now() < until) continue;
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1);
-        wake_.wait(lock, [&] { return generation_.load(std::memory_order_acquire) != seen; });
+        wake_.wait(lock, [&] { return !idle(seen); });
         sleepers_.fetch_sub(1);
       }
-      seen++;
-      if (index <= job_.helpers) take(index);
-      busy_.fetch_sub(1, std::memory_order_release);
+      if (!enter(seen)) continue;
+      take(index);
+      left_.fetch_add(1, std::memory_order_release);
     }
   }
 
@@ -134,8 +150,8 @@ class Pool {
 
   std::mutex calls_, sleep_;
   std::condition_variable wake_;
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> sleepers_{0}, busy_{0};
+  std::atomic<uint64_t> gate_{kClosed};
+  std::atomic<int> sleepers_{0}, left_{0};
   std::atomic<int64_t> next_{0};
   std::exception_ptr failed_;
   Job job_{};
@@ -164,7 +180,7 @@ void parallel(int threads, int64_t count, int64_t piece, size_t scratch, const W
   if (piece < 1) piece = 1;
   const int64_t pieces = (count + piece - 1) / piece;
   if (threads > pieces) threads = (int)pieces;
-  the_pool().run(threads < 1 ? 1 : threads, Job{&work, count, piece, scratch, 0});
+  the_pool().run(threads < 1 ? 1 : threads, Job{&work, count, piece, scratch});
 }
 
 size_t scratch_bytes() { return the_pool().scratch_bytes(); }
