@@ -166,7 +166,7 @@ def timed(report: BenchReport) -> None:
         out.print(f"{name}: {words}")
     ours = report.results[0].name
     table = Table(title="speed", title_justify="left")
-    for column in ("what", "engine", "tokens/s", "ms", f"{ours} is faster by"):
+    for column in ("what", "engine", "tokens/s", "ms", f"{ours} is faster"):
         table.add_column(column, justify="left" if column in ("what", "engine") else "right")
     rows = {(row["name"], str(result.point)): row for row, result in zip(report.rows(), report.results, strict=True)}
     for result in report.results:
@@ -187,7 +187,7 @@ def timed(report: BenchReport) -> None:
 
 def _operators(result: TimedResult, limits: Limits) -> Table:
     table = Table(title=f"where the time of {result.point} goes", title_justify="left")
-    for column in ("operator", "calls", "ms", "share", "GB/s", "of reading", "TOPS", "of products"):
+    for column in ("operator", "calls", "ms", "share", "GB/s", "of limit", "TOPS", "of limit"):
         table.add_column(column, justify="left" if column == "operator" else "right")
     for name, entry in sorted(result.operators.items(), key=lambda item: -item[1].seconds):
         cells = [f"{entry.calls}", f"{entry.seconds * 1e3:.2f}", f"{entry.seconds / result.median:.1%}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_transformers_generates_what_our_own_runtime_does(
     from transformers import AutoModelForCausalLM
 
     directory = packed(family, "resq", checkpoint, text)
-    own, hosted = resq.load(directory, backend="cpu"), AutoModelForCausalLM.from_pretrained(directory)
+    own = resq.load(directory, backend="cpu")
+    hosted: Any = AutoModelForCausalLM.from_pretrained(directory)
     row = PROMPT[:1]
     with torch.inference_mode():
         assert torch.equal(hosted(row).logits, own(row))

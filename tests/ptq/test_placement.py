@@ -296,14 +296,14 @@ def test_the_papers_options_round_the_query_key_map_and_range_o_per_head(checkpo
 
 def test_a_rounded_map_stays_unrounded_where_no_map_is() -> None:
     shape = Shape(16, 1, 2, 1, 8, 32, 10, 1e-5, Rope((1.0,) * 4), True, 16)
-    heads = Placement(shape, {}, replace(RESQ.precision, rotation_bits=8), folds=False)._heads(0, HeadFormats())
+    heads = Placement(shape, {}, replace(RESQ.precision, rotation_bits=8), folds=False).heads(0, HeadFormats())
     assert heads.query.map_input_bits is heads.key.map_input_bits is None
 
 
 def test_a_transform_without_a_matrix_of_its_own_is_rounded_as_one() -> None:
     shape = Shape(16, 1, 2, 1, 8, 32, 10, 1e-5, Rope((1.0,) * 4), True, 16)
     maps: dict[At, LinearMap] = {At(Site.QUERY_KEY, 0): Hadamard(hadamard.plan(8))}
-    heads = Placement(shape, maps, replace(RESQ.precision, rotation_bits=8), folds=False)._heads(0, HeadFormats())
+    heads = Placement(shape, maps, replace(RESQ.precision, rotation_bits=8), folds=False).heads(0, HeadFormats())
     assert heads.query.map_input_bits == heads.key.map_input_bits == 8
     assert isinstance(heads.query.map, Dense)
     # Entries ±1/sqrt(8): the largest integer times the scale is exact up to float32.

@@ -116,12 +116,12 @@ def _bench(plan: Plan, backend: Backend, stack: ExitStack, progress: Progress) -
     if plan.shape is not None:
         config = shape_named(plan.shape)
         recipe = with_head(recipe_named(plan.recipe), plan.head_bits)
-        ours = Ours(f"resq {recipe.name}", synthetic(config, recipe, backend, progress=progress))
+        ours = Ours(recipe.name, synthetic(config, recipe, backend, progress=progress))
         subject = plan.shape
     else:
         assert plan.checkpoint is not None
         model = load(plan.checkpoint, backend=backend, progress=progress)
-        ours = Ours(f"resq {model.manifest.recipe.name}", model)
+        ours = Ours(model.manifest.recipe.name, model)
         config, subject = read_config(model.directory), str(plan.checkpoint)
     gc.collect()
     memory = {"anonymous": anonymous_bytes() - anonymous, "weights": ours.weight_bytes}
@@ -136,7 +136,7 @@ def _bench(plan: Plan, backend: Backend, stack: ExitStack, progress: Progress) -
             about[name] = f"{peer.version}: {peer.about}, {peer.weight_bytes / 1e9:.2f} GB"
         else:
             other = with_head(recipe_named(name), plan.head_bits)
-            contenders.append(Ours(f"resq {name}", synthetic(config, other, backend, progress=progress)))
+            contenders.append(Ours(name, synthetic(config, other, backend, progress=progress)))
     limits = measure_limits(threads)
     results = measure(contenders, plan.points(), rounds=plan.rounds, progress=progress)
     # Limits are what the machine can do at its best: look again, it may have been disturbed.

@@ -99,7 +99,7 @@ class Point:
     def __str__(self) -> str:
         if self.mode == "prefill":
             return f"prefill {self.tokens}"
-        return f"decode, batch {self.batch}, context {self.context}"
+        return f"decode {self.batch} × 1 after {self.context}"
 
 
 @dataclass(frozen=True)
@@ -227,12 +227,12 @@ class Ours:
 
         return replace(
             ops,
-            norm_quantize=watch(named("norm + quantize"), ops.norm_quantize, nothing),
+            norm_quantize=watch(named("norm, quantize"), ops.norm_quantize, nothing),
             linears=watch(lambda x, weights, *_: self._labels[id(weights[0])], ops.linears, products),
-            rope_project_append=watch(named("rope + project + append"), ops.rope_project_append, nothing),
+            rope_project_append=watch(named("RoPE, project, append"), ops.rope_project_append, nothing),
             attend=watch(named("attention"), ops.attend, read),
-            gather_quantize=watch(named("gather + quantize"), ops.gather_quantize, nothing),
-            act_hadamard_quantize=watch(named("SiLU·mul + Hadamard + quantize"), ops.act_hadamard_quantize, nothing),
+            gather_quantize=watch(named("gather, quantize"), ops.gather_quantize, nothing),
+            act_hadamard_quantize=watch(named("SiLU, Hadamard, quantize"), ops.act_hadamard_quantize, nothing),
         )
 
 
@@ -243,7 +243,7 @@ def _label(role: Role) -> str:
 
 
 # Operators whose time is not that of linears or attention.
-GLUE = ("norm + quantize", "rope + project + append", "gather + quantize", "SiLU·mul + Hadamard + quantize")
+GLUE = ("norm, quantize", "RoPE, project, append", "gather, quantize", "SiLU, Hadamard, quantize")
 
 
 def measure(
