@@ -1,21 +1,27 @@
-"""Draw docs/accuracy.svg from results/accuracy.jsonl: what each recipe adds to the loss at 4 and at 3 bits."""
+"""Draw docs/accuracy.svg from results/accuracy.jsonl (what each recipe adds to the loss at 4 and at 3 bits) and
+docs/speed.svg from results/speed.jsonl (tokens per second of every engine, and our operators under the limits)."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 
-from tables import ROOT, latest, recipe_order
+from tables import ROOT, latest, point_of, recipe_order, speed_rows
 
 matplotlib.use("svg")
 # The same rows give the same file.
 matplotlib.rcParams |= {"svg.hashsalt": "resq", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10}
 from matplotlib import pyplot as plt  # noqa: E402  after the backend is chosen
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COLORS = ("#3b6ea5", "#d98b2b")
 
 
-def main() -> None:
+def accuracy() -> None:
     rows = latest("accuracy.jsonl")
     models = sorted({row["model"] for row in rows})
     names = recipe_order(rows)
@@ -35,6 +41,53 @@ def main() -> None:
     panels[0].invert_yaxis()
     panels[1].legend(frameon=False, loc="lower right")
     figure.savefig(ROOT / "docs" / "accuracy.svg", facecolor="white", metadata={"Date": None})
+
+
+def speed() -> None:
+    rows = [row for row in speed_rows() if row["plan"]["head_bits"] == 8]
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    figure, panels = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
+    for panel, mode, key in ((panels[0], "prefill", "tokens"), (panels[1], "decode", "batch")):
+        for name in names:
+            found = sorted(
+                (row[key], row["tokens_per_second"]) for row in rows if (row["mode"], row["name"]) == (mode, name)
+            )
+            width = 2.5 if name == names[0] else 1.2
+            panel.plot(*zip(*found, strict=True), marker="o", linewidth=width, label=name)
+        panel.set_xscale("log", base=2)
+        ticks = sorted({row[key] for row in rows if row["mode"] == mode})
+        panel.set_xticks(ticks, [str(tick) for tick in ticks])
+        panel.set_ylim(bottom=0)
+        panel.set_ylabel("tokens per second")
+        panel.set_xlabel("prompt tokens" if mode == "prefill" else "decoding batch")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].legend(frameon=False, fontsize=8)
+    roofline(panels[2], [row for row in rows if row["name"] == names[0]])
+    figure.savefig(ROOT / "docs" / "speed.svg", facecolor="white", metadata={"Date": None})
+
+
+def roofline(panel: Axes, rows: list[dict[str, Any]]) -> None:
+    """Our linears: operations per byte of weights against operations per second, under both limits."""
+    read = max(row["limits"]["read"] for row in rows)
+    integer = max(row["limits"]["integer"] for row in rows)
+    intensity = np.geomspace(1, 1e5, 50)
+    panel.plot(intensity, np.minimum(intensity * read, integer), color="#333", linewidth=1)
+    for number, row in enumerate(rows):
+        entries = [e for name, e in row["operators"].items() if e["operations"] and name != "attention"]
+        x = [entry["operations"] / entry["bytes"] for entry in entries]
+        y = [entry["operations"] / entry["seconds"] / 1e9 for entry in entries]
+        panel.scatter(x, y, s=18, label=point_of(row), color=f"C{number}")
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("operations per byte of weights")
+    panel.set_ylabel("10⁹ operations per second")
+    panel.legend(frameon=False, fontsize=7, loc="lower right")
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    accuracy()
+    speed()
 
 
 if __name__ == "__main__":

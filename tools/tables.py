@@ -113,11 +113,81 @@ def calibration() -> list[str]:
     return [*table(["recipe", "model", "calibration", "Δ nats [95 %]"], lines), "", made_on(rows)]
 
 
-TABLES = {"overview": overview, "accuracy": accuracy, "head": head, "ablation": ablation, "calibration": calibration}
+def speed_rows() -> list[Row]:
+    """The newest row of every engine at every point and head width."""
+    newest: dict[tuple[Any, ...], Row] = {}
+    for row in read_rows(ROOT / "results" / "speed.jsonl"):
+        point = (row["subject"], row["plan"]["head_bits"], row["mode"], row["tokens"], row["batch"], row["context"])
+        newest[*point, row["name"]] = row
+    return list(newest.values())
+
+
+def point_of(row: Row) -> str:
+    """What a speed row measured, in words."""
+    if row["mode"] == "prefill":
+        return f"prefill {row['tokens']}"
+    return f"decode, batch {row['batch']}, context {row['context']}"
+
+
+def speed() -> list[str]:
+    """Tokens per second of every engine, and how many times faster the first recipe is in the same run."""
+    rows = speed_rows()
+    lines = []
+    ours = [row for row in rows if row["ratios"]]
+    for row in ours:
+        width = row["plan"]["head_bits"]
+        lines.append(
+            [f"**{point_of(row)}**, head {width:g} bit", f"**{row['name']}**", f"{row['tokens_per_second']:.1f}", ""]
+        )
+        for other in rows:
+            same = other["time"][:10] == row["time"][:10] and other["plan"] == row["plan"]
+            if same and point_of(other) == point_of(row) and other["name"] in row["ratios"]:
+                ratio = f"× {row['ratios'][other['name']]:.2f}"
+                lines.append(["", other["name"], f"{other['tokens_per_second']:.1f}", ratio])
+    limits = ours[-1]["limits"]
+    machine = (
+        f"{ours[-1]['subject']}, random weights. {limits['threads']} threads, {limits['instruction_set']}, limits "
+        f"{limits['read']:.1f} GB/s and {limits['integer'] / 1000:.2f} TOPS."
+    )
+    header = ["what", "engine", "tokens/s", f"{ours[-1]['name']} is faster by"]
+    return [*table(header, lines), "", machine, made_on(ours)]
+
+
+def operators() -> list[str]:
+    """Where the time of our newest rows goes, operator by operator."""
+    ours = [row for row in speed_rows() if row["ratios"] and row["plan"]["head_bits"] == 8]
+    names = sorted({name for row in ours for name in row["operators"]})
+    lines = []
+    for name in names:
+        line = [name]
+        for row in ours:
+            entry, limits = row["operators"].get(name), row["limits"]
+            if entry is None:
+                line += ["", ""]
+                continue
+            bound = max(entry["bytes"] / limits["read"] / 1e9, entry["operations"] / limits["integer"] / 1e9)
+            share = "" if name == "attention" or not entry["operations"] else f"{bound / entry['seconds']:.0%}"
+            line += [f"{entry['seconds'] * 1e3:.2f}", share]
+        lines.append(line)
+    header = ["operator"]
+    for row in ours:
+        header += [f"{point_of(row)}: ms", "of limit"]
+    return [*table(header, lines), "", made_on(ours)]
+
+
+TABLES = {
+    "overview": overview,
+    "accuracy": accuracy,
+    "head": head,
+    "ablation": ablation,
+    "calibration": calibration,
+    "speed": speed,
+    "operators": operators,
+}
 
 
 def main() -> None:
-    for file in (ROOT / "README.md", ROOT / "docs" / "results.md"):
+    for file in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md"):
         text = file.read_text(encoding="utf-8")
         for name in re.findall(r"<!-- table: (\w+) -->", text):
             made = "\n".join(TABLES[name]())

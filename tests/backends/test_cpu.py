@@ -896,6 +896,19 @@ def test_a_cached_head_takes_little_more_than_its_bits(size: int) -> None:
     assert cache.nbytes() == 2 * (size * 7 // 16 + size // 8 + 6) * 3 * 22 * 2
 
 
+@pytest.mark.parametrize("low", range(8, 12))
+def test_a_cache_of_one_record_is_read_wherever_its_scales_lie(low: int) -> None:
+    """Records are bytes: nothing in them is aligned."""
+    bands = Bands.of((4, low), (8, 16 - low))
+    for scale_dtype in (torch.float16, torch.float32):
+        format = ActivationFormat(bands=bands, scale_dtype=scale_dtype)
+        layer = heads_of(16, 2, 1, key=format, value=format)
+        mine, theirs = new_cache(layer), REFERENCE.cache(layer.formats)
+        append(layer, mine, layer.drawn(1, 1))
+        append(layer, theirs, layer.drawn(1, 1), REFERENCE)
+        assert_caches_equal(mine, theirs)
+
+
 def test_a_cache_made_in_inference_mode_goes_on_outside_it() -> None:
     layer = LAYERS["h16-mha-hadamard"]
     cache, theirs = new_cache(layer), REFERENCE.cache(layer.formats)

@@ -18,10 +18,9 @@ pytestmark = [
     pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}"),
 ]
 WINDOWS, TOKENS = 24, 64
-# Where one integer differs from the reference's those of the layers after it do too, and the logits of its text move: by
-# 0.01 to 0.08 (rms, of logits with a deviation of 3), and as much when the reference's own linears are each off by one
-# rounding of float32 (measured with such a twin of it on 4 windows of 256 tokens). Half of that again for the difference
-# of two, 4 times.
+# Where one integer differs from the reference's, those of later layers do too and the logits of that text move: by 0.01
+# to 0.08 (rms; logits have a deviation of 3). They move as much when the reference's own linears are each off by one
+# rounding of float32 (measured, 4 windows of 256 tokens). Half of that again for the difference of two, 4 times.
 MARGIN = 0.5
 PROMPTS = ["The history of the city", "In 1998, the team", "The species was first described by"]
 

@@ -71,7 +71,9 @@ class Store:
                 parts.append(torch.cat([raw & 15, raw >> 4], dim=-1)[..., : band.size])
             at += size
         wide = self.format.scale_dtype.itemsize * len(bands)
-        scale = data[..., at : at + wide].contiguous().view(self.format.scale_dtype).to(torch.float32)
+        # A copy even where the slice is contiguous already: a view as floats must start at a multiple of their size.
+        raw = data[..., at : at + wide].clone(memory_format=torch.contiguous_format)
+        scale = raw.view(self.format.scale_dtype).to(torch.float32)
         zero = data[..., at + wide :]
         return Quantized(torch.cat(parts, dim=-1), scale[..., None], zero[..., None], bands).dequantize()
 

@@ -173,9 +173,7 @@ static __attribute__((always_inline)) inline void segment_unpacked(const Segment
   for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = I16{};
   for (int64_t k = 0; k < 2 * seg.blocks; k++, w += 128, x += 4) {
     const I16 w0 = load<I16>(w), w1 = load<I16>(w + 64);
-    // From L2, where an unpacked panel does not fit L1.
-    __builtin_prefetch(w + 1024);
-    __builtin_prefetch(w + 1088);
+    // No prefetches: they would take the load ports that the broadcasts need.
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++) {
       const I16 v = four(x + r * ldx);
@@ -189,28 +187,63 @@ static __attribute__((always_inline)) inline void segment_unpacked(const Segment
 
 struct Totals { F16 tile[2]; };
 
-// Adds s_x s_w (Σ q w - z Σ w) of segment `s` to a row's totals (or writes the integers, for tests).
-RESQ_INLINE void add_segment(const LinearCall& call, int64_t panel, int s, int64_t row, const Sums& sums,
-                             Totals& totals) {
-  const Packed& w = *call.weight;
-  const Segment& seg = w.segment[s];
+// What the rows of a panel's segment share: column sums, weight scales.
+struct Epilogue {
+  I16 columns[2];
+  F16 scales[2];
+  int shift, range;
+};
+RESQ_INLINE Epilogue epilogue(const Packed& w, int64_t panel, int s) {
   const float* scales = (const float*)(w.data + panel * w.panel_bytes + w.epilogue) + s * kPanel;
   const int32_t* columns = (const int32_t*)(w.data + panel * w.panel_bytes + w.epilogue) + (w.segments + s) * kPanel;
-  const int shift = seg.bits == 4 ? kNibbleShift : 0;
-  const I16 zero = splat32(call.zero[row * call.ranges + seg.range]);
-  const F16 scale = splat(call.scale[row * call.ranges + seg.range]);
-  for (int tile = 0; tile < 2; tile++) {
-    const I16 exact = (sums.tile[tile] >> shift) - zero * load<I16>(columns + tile * 16);
-    if (call.sums) {
-      for (int n = 0; n < 16; n++) {
-        const int64_t out = panel * kPanel + tile * 16 + n;
-        if (out < w.out) call.sums[(row * w.segments + s) * w.out + out] = exact[n];
-      }
-      continue;
-    }
-    const F16 both = scale * load<F16>(scales + tile * 16);
-    totals.tile[tile] = fma(to_float(exact), both, totals.tile[tile]);
+  return {{load<I16>(columns), load<I16>(columns + 16)},
+          {load<F16>(scales), load<F16>(scales + 16)},
+          w.segment[s].bits == 4 ? kNibbleShift : 0,
+          w.segment[s].range};
+}
+
+// Σ (q - z) w of a row, exactly.
+RESQ_INLINE Sums exact(const LinearCall& call, const Epilogue& e, int64_t row, const Sums& sums) {
+  const I16 zero = splat32(call.zero[row * call.ranges + e.range]);
+  return {{(sums.tile[0] >> e.shift) - zero * e.columns[0], (sums.tile[1] >> e.shift) - zero * e.columns[1]}};
+}
+
+// Adds s_x s_w Σ (q - z) w to a row's totals.
+RESQ_INLINE void add_exact(const LinearCall& call, const Epilogue& e, int64_t row, const Sums& sums, Totals& totals) {
+  const Sums whole = exact(call, e, row, sums);
+  const F16 scale = splat(call.scale[row * call.ranges + e.range]);
+  totals.tile[0] = fma(to_float(whole.tile[0]), scale * e.scales[0], totals.tile[0]);
+  totals.tile[1] = fma(to_float(whole.tile[1]), scale * e.scales[1], totals.tile[1]);
+}
+
+// Tests: the integers themselves.
+static __attribute__((noinline)) void write_sums(const LinearCall& call, int64_t panel, int s, int64_t row,
+                                                 const Sums& sums) {
+  const Packed& w = *call.weight;
+  const Sums whole = exact(call, epilogue(w, panel, s), row, sums);
+  for (int n = 0; n < kPanel; n++) {
+    const int64_t out = panel * kPanel + n;
+    if (out < w.out) call.sums[(row * w.segments + s) * w.out + out] = whole.tile[n / 16][n % 16];
   }
+}
+
+// Segment `s` of one row: into its totals, or written out for tests.
+RESQ_INLINE void add_segment(const LinearCall& call, int64_t panel, int s, int64_t row, const Sums& sums,
+                             Totals& totals) {
+  if (call.sums) return write_sums(call, panel, s, row, sums);
+  add_exact(call, epilogue(*call.weight, panel, s), row, sums, totals);
+}
+
+// The same of R rows, with what they share loaded once.
+template <int R>
+RESQ_INLINE void add_rows(const LinearCall& call, int64_t panel, int s, int64_t row, const Sums* sums, Totals* totals) {
+  if (call.sums) {
+    for (int r = 0; r < R; r++) write_sums(call, panel, s, row + r, sums[r]);
+    return;
+  }
+  const Epilogue e = epilogue(*call.weight, panel, s);
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++) add_exact(call, e, row + r, sums[r], totals[r]);
 }
 
 // Outputs larger than what L2 keeps are not brought into it: a store that misses would read the line first. The
@@ -276,7 +309,7 @@ static void rows_packed(const LinearCall& call, int64_t panel, int64_t row) {
     const Segment& seg = w.segment[s];
     segment_packed<R>(seg, w.data + panel * w.panel_bytes + seg.offset, call.q + row * call.ldq + seg.begin, call.ldq,
                       sums);
-    for (int r = 0; r < R; r++) add_segment(call, panel, s, row + r, sums[r], totals[r]);
+    add_rows<R>(call, panel, s, row, sums, totals);
   }
   if (call.sums) return;
   for (int r = 0; r < R; r++)
@@ -293,7 +326,7 @@ static void rows_unpacked(const LinearCall& call, const uint8_t* unpacked, int64
     const Segment& seg = w.segment[s];
     segment_unpacked<R>(seg, unpacked, call.q + row * call.ldq + seg.begin, call.ldq, sums);
     unpacked += unpacked_bytes(seg);
-    for (int r = 0; r < R; r++) add_segment(call, panel, s, row + r, sums[r], totals[r]);
+    add_rows<R>(call, panel, s, row, sums, totals);
   }
   if (call.sums) return;
   for (int r = 0; r < R; r++)

@@ -90,8 +90,9 @@ void activate(const ActivationCall& call, int64_t rows, int threads) {
 void linears(const std::vector<LinearCall>& calls, int threads) {
   const Kernels& k = active();
   if (calls.empty() || calls[0].rows == 0) return;
-  // With many rows every piece begins by unpacking a panel that nothing overlaps: fewer, longer ones.
-  const int64_t per_thread = calls[0].rows > 32 ? 3 : calls[0].rows > 4 ? 4 : 8;
+  // The last piece of the slower thread is waited for: short ones. With many rows a piece begins by unpacking a panel
+  // that nothing overlaps: not too short.
+  const int64_t per_thread = calls[0].rows > 4 ? 8 : 32;
   over_panels(calls, threads, per_thread, k.linear_scratch,
               [&](const LinearCall& call, int64_t begin, int64_t end, void* scratch) {
                 k.linear(call, begin, end, scratch);
@@ -112,7 +113,7 @@ void dense(const DenseCall& call, int threads) {
   if (call.rows == 0) return;
   // Four outputs are computed together.
   const int64_t blocks = (call.out_features + 3) / 4;
-  parallel(threads, blocks, piece(blocks, threads, 8), 0, [&](int64_t begin, int64_t end, void*) {
+  parallel(threads, blocks, piece(blocks, threads, 32), 0, [&](int64_t begin, int64_t end, void*) {
     k.dense(call, begin * 4, std::min(end * 4, call.out_features));
   });
 }
@@ -156,7 +157,7 @@ double read_bandwidth(const uint8_t* data, size_t bytes, int pattern, int thread
   std::atomic<uint64_t> seen{0};
   const int64_t blocks = (int64_t)(bytes >> 20);
   const double start = now();
-  parallel(threads, blocks, piece(blocks, threads, 8), 0, [&](int64_t begin, int64_t end, void*) {
+  parallel(threads, blocks, piece(blocks, threads, 32), 0, [&](int64_t begin, int64_t end, void*) {
     seen ^= k.read(data + (begin << 20), (size_t)(end - begin) << 20, pattern);
   });
   const double taken = now() - start;
