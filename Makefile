@@ -55,8 +55,10 @@ sanitize: $(STAMP)
 BENCH := $(BIN)/resq bench --shape llama-3.2-1b --out results/speed.jsonl
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --editable '.[bench]'
-	$(BENCH) --prefill 512 --prefill 2048 --batch 1 --batch 8 --head-bits 8 --against rtn,torch-bf16,openvino,llama.cpp
-	$(BENCH) --prefill 512 --batch 1 --head-bits 4.5 --against openvino,llama.cpp
+	$(BENCH) --prefill 512 --batch 1 --against rtn,torch-bf16,openvino,openvino-f32dq,llama.cpp
+	$(BENCH) --prefill 2048 --batch 2 --rounds 2 --against openvino,openvino-f32dq
+	$(BENCH) --prefill 128 --batch 8 --rounds 2 --against torch-bf16,openvino,openvino-f32dq
+	$(BENCH) --prefill 512 --batch 1 --head-bits 4.5 --against openvino,openvino-f32dq
 
 # Rewrites the tables in README.md and docs, and the picture, from results/*.jsonl.
 tables: $(STAMP)

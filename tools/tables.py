@@ -130,27 +130,28 @@ def point_of(row: Row) -> str:
 
 
 def speed() -> list[str]:
-    """Tokens per second of every engine, and how many times faster the first recipe is in the same run."""
+    """Our tokens per second at every point, and every other engine's, with how many times faster we are."""
     rows = speed_rows()
+    ours = sorted((row for row in rows if row["ratios"]), key=lambda row: (row["mode"], row["tokens"], row["batch"]))
+    ours.sort(key=lambda row: (row["mode"] != "prefill", -row["plan"]["head_bits"]))
+    peers = list(dict.fromkeys(name for row in ours for name in row["ratios"]))
     lines = []
-    ours = [row for row in rows if row["ratios"]]
     for row in ours:
-        width = row["plan"]["head_bits"]
-        lines.append(
-            [f"**{point_of(row)}**, head {width:g} bit", f"**{row['name']}**", f"{row['tokens_per_second']:.1f}", ""]
-        )
-        for other in rows:
-            same = other["time"][:10] == row["time"][:10] and other["plan"] == row["plan"]
-            if same and point_of(other) == point_of(row) and other["name"] in row["ratios"]:
-                ratio = f"× {row['ratios'][other['name']]:.2f}"
-                lines.append(["", other["name"], f"{other['tokens_per_second']:.1f}", ratio])
+        line = [f"{point_of(row)}, {row['plan']['head_bits']:g}-bit head", f"**{row['tokens_per_second']:.1f}**"]
+        for peer in peers:
+            found = [r for r in rows if r["name"] == peer and r["plan"] == row["plan"] and point_of(r) == point_of(row)]
+            rate = f"{found[-1]['tokens_per_second']:.1f} (× {row['ratios'][peer]:.2f})" if found else ""
+            line.append(rate)
+        lines.append(line)
     limits = ours[-1]["limits"]
     machine = (
-        f"{ours[-1]['subject']}, random weights. {limits['threads']} threads, {limits['instruction_set']}, limits "
-        f"{limits['read']:.1f} GB/s and {limits['integer'] / 1000:.2f} TOPS."
+        f"{ours[-1]['subject']}, random weights, tokens per second; in brackets how many times faster {ours[-1]['name']} "
+        f"is, the median of interleaved rounds. {limits['threads']} threads, {limits['instruction_set']}, limits "
+        f"{max(row['limits']['read'] for row in ours):.1f} GB/s and "
+        f"{max(row['limits']['integer'] for row in ours) / 1000:.2f} TOPS."
     )
-    header = ["what", "engine", "tokens/s", f"{ours[-1]['name']} is faster by"]
-    return [*table(header, lines), "", machine, made_on(ours)]
+    engines = [f"{row['name']}: {row['about']}" for row in rows if row["name"] in peers and row["about"]]
+    return [*table(["what", ours[-1]["name"], *peers], lines), "", machine, *dict.fromkeys(engines), made_on(ours)]
 
 
 def operators() -> list[str]:
