@@ -178,11 +178,14 @@ def timed(report: BenchReport) -> None:
         if result.name == ours:
             out.print(_operators(result, limits))
     memory = report.memory
-    budget = memory["weights"] + memory["cache"]
     out.print(
-        f"memory: {size(memory['anonymous at the end'])} anonymous, {memory['anonymous at the end'] / budget:.2f} × "
-        f"packed weights ({size(memory['weights'])}) and cache ({size(memory['cache'])})"
+        f"memory: loading took {size(memory['anonymous'])} of anonymous memory, {memory['anonymous'] / memory['weights']:.2f} "
+        f"× the packed weights ({size(memory['weights'])}); the cache holds {size(memory['cache'])}"
     )
+    if len(report.about) == 1:  # peers have their own
+        total = memory["weights"] + memory["cache"]
+        at_end = memory["anonymous at the end"]
+        out.print(f"at the end {size(at_end)} anonymous, {at_end / total:.2f} × weights and cache")
 
 
 def _operators(result: TimedResult, limits: Limits) -> Table:
