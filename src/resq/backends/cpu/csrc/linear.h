@@ -23,7 +23,7 @@ constexpr int kRows = 1;
 #endif
 
 // Bytes of activations that stay in L2 beside an unpacked panel.
-constexpr int64_t kRowBlockBytes = 1 << 20;
+constexpr int64_t kRowBlockBytes = 5 << 18;
 
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 // The nibbles are multiplied as 16 w, which needs no shift of bytes; the sum is divided at the end, exactly.
@@ -390,8 +390,11 @@ static void linear(const LinearCall& call, int64_t panel_begin, int64_t panel_en
     }
     return;
   }
-  int64_t block = kRowBlockBytes / (w.in < 1 ? 1 : w.in) / kRows * kRows;
+  // Blocks of equal height: a low last one would unpack every panel for a few rows.
+  int64_t block = kRowBlockBytes / (w.in < 1 ? 1 : w.in);
   if (block < 4 * kRows) block = 4 * kRows;
+  const int64_t blocks = (call.rows + block - 1) / block;
+  block = ((call.rows + blocks - 1) / blocks + kRows - 1) / kRows * kRows;
   uint8_t* unpacked = (uint8_t*)scratch;
   const bool stream = streams(call);
   for (int64_t first = 0; first < call.rows; first += block) {
