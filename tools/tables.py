@@ -145,13 +145,15 @@ def speed() -> list[str]:
         lines.append(line)
     limits = ours[-1]["limits"]
     machine = (
-        f"{ours[-1]['subject']}, random weights, tokens per second; in brackets how many times faster {ours[-1]['name']} "
-        f"is, the median of interleaved rounds. {limits['threads']} threads, {limits['instruction_set']}, limits "
+        f"{ours[-1]['subject']}, random weights, tokens per second; in brackets how many times faster "
+        f"{ours[-1]['name']} is, the median of interleaved rounds. {limits['threads']} threads, "
+        f"{limits['instruction_set']}, limits "
         f"{max(row['limits']['read'] for row in ours):.1f} GB/s and "
         f"{max(row['limits']['integer'] for row in ours) / 1000:.2f} TOPS."
     )
     engines = [f"{row['name']}: {row['about']}" for row in rows if row["name"] in peers and row["about"]]
-    return [*table(["what", ours[-1]["name"], *peers], lines), "", machine, *dict.fromkeys(engines), made_on(ours)]
+    words = [machine, *(f"{engine}." for engine in dict.fromkeys(engines)), made_on(ours)]
+    return [*table(["what", ours[-1]["name"], *peers], lines), "", *words]
 
 
 def operators() -> list[str]:

@@ -179,8 +179,9 @@ def timed(report: BenchReport) -> None:
             out.print(_operators(result, limits))
     memory = report.memory
     out.print(
-        f"memory: loading took {size(memory['anonymous'])} of anonymous memory, {memory['anonymous'] / memory['weights']:.2f} "
-        f"× the packed weights ({size(memory['weights'])}); the cache holds {size(memory['cache'])}"
+        f"memory: loading took {size(memory['anonymous'])} of anonymous memory, "
+        f"{memory['anonymous'] / memory['weights']:.2f} × the packed weights ({size(memory['weights'])}); "
+        f"the cache holds {size(memory['cache'])}"
     )
     if len(report.about) == 1:  # peers have their own
         total = memory["weights"] + memory["cache"]
