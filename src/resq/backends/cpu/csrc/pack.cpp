@@ -6,8 +6,13 @@
 
 #include "pool.h"
 
+#include <mutex>
+
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
+#include <malloc.h>
 #endif
 
 namespace resq {
@@ -26,6 +31,18 @@ void decode(const uint8_t* row, int64_t bytes, int bits, int64_t k, int64_t coun
     const int value = (int)(word >> (at % 8)) & ((1 << bits) - 1);
     to[i] = (int8_t)(value >= 1 << (bits - 1) ? value - (1 << bits) : value);
   }
+}
+
+// A prefill's activations are tens of megabytes that every layer allocates and frees. glibc would give them back to the
+// system each time, and faulting their pages in again took a fifth of a prefill of 512 tokens.
+void keep_freed_memory() {
+#if defined(__GLIBC__)
+  static std::once_flag once;
+  std::call_once(once, [] {
+    mallopt(M_MMAP_THRESHOLD, 256 << 20);
+    mallopt(M_TRIM_THRESHOLD, 256 << 20);
+  });
+#endif
 }
 
 constexpr size_t kHuge = (size_t)2 << 20;
@@ -64,6 +81,7 @@ void release(uint8_t* memory, size_t bytes) {
 PackedLinear::PackedLinear(int64_t out, int64_t in, const std::vector<StoredBand>& bands,
                            const std::vector<int>& source, int64_t groups, const float* scale, const float* bias,
                            int threads) {
+  keep_freed_memory();
   std::vector<int> band_of;
   int64_t offset = 0, begin = 0;
   for (size_t b = 0; b < bands.size(); b++) {
