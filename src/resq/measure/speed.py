@@ -22,6 +22,7 @@ from resq.progress import Progress, silent
 # Long enough that caches hold a small part of it.
 READ_BYTES = 768 << 20
 PEAK_SECONDS = 0.2
+SETTLE_SECONDS = 0.5
 # Decode steps of one round: the first ones find caches and threads cold.
 STEPS, WARM_STEPS = 12, 2
 
@@ -276,6 +277,8 @@ def measure(
 
 
 def _once(contender: Contender, point: Point) -> float:
+    # The threads of the one before may still be waiting for work with their eyes open.
+    time.sleep(SETTLE_SECONDS)
     if point.mode == "prefill":
         return contender.prefill(point.tokens)
     before = (
