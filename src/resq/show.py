@@ -117,18 +117,40 @@ def quantized(result: Result) -> None:
 
 
 def evaluated(rows: Sequence[Row]) -> None:
-    """Perplexities side by side."""
-    table = Table()
-    for name in ("checkpoint", "recipe", "perplexity", "× first", "Δ nats per token [95 %]", "tokens", "seconds"):
-        table.add_column(name, justify="left" if name in ("checkpoint", "recipe") else "right", overflow="fold")
+    """Perplexities side by side, and how far each is from a 16-bit original that was named first. Fits 100 columns."""
+    compared = any(row.kl is not None for row in rows)
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="bold", pad_edge=False)
+    for name in ("checkpoint", "recipe"):
+        table.add_column(name, overflow="fold")
+    names = ["perplexity", "× first", "Δ nats\n± 95 %"]
+    names += ["KL nats\n± 95 %", "same top 1\n± 95 %"] if compared else []
+    for name in (*names, "seconds"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        ratio, delta = "", ""
-        if row.ratio is not None:
-            ratio, delta = f"{row.ratio:.4f}", f"{row.delta:+.4f} [{row.delta_low:+.4f}, {row.delta_high:+.4f}]"
-        table.add_row(
-            row.checkpoint, row.recipe, f"{row.perplexity:.3f}", ratio, delta, f"{row.tokens:,}", f"{row.seconds:.1f}"
-        )
+        cells = ["" if row.ratio is None else f"{row.ratio:.4f}", spread(row.delta, row.delta_low, row.delta_high)]
+        if compared:
+            cells.append(spread(row.kl, row.kl_low, row.kl_high, "{:.4f}"))
+            cells.append(spread(row.agreement, row.agreement_low, row.agreement_high, "{:.2%}"))
+        table.add_row(row.checkpoint, row.recipe, f"{row.perplexity:.3f}", *cells, f"{row.seconds:.1f}")
     out.print(table)
+    words = [f"{count}." for count in dict.fromkeys(windows_of(row.windows, row.window_length) for row in rows)]
+    if compared:
+        words.append("KL: divergence from the 16-bit original, nats per token.")
+        words.append("Same top 1: tokens for which both find the same one most probable.")
+    out.print("\n" + " ".join(words))
+
+
+def windows_of(count: int, length: int) -> str:
+    """What was evaluated: 40 windows of 256 tokens."""
+    return f"{count:,} window{'s' if count > 1 else ''} of {length:,} tokens"
+
+
+def spread(mean: float | None, low: float | None, high: float | None, form: str = "{:+.4f}") -> str:
+    """A mean and half the width of its interval, as far as they are known: +0.0182 ±0.0011."""
+    if mean is None:
+        return ""
+    half = "" if low is None or high is None else f" ±{form.format((high - low) / 2).lstrip('+').rstrip('%')}"
+    return form.format(mean) + half
 
 
 def system(facts: dict[str, Any]) -> None:

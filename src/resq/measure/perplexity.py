@@ -23,6 +23,14 @@ from resq.runtime.load import Opened
 
 # Bytes of hidden states and of logits held at once.
 HIDDEN_BYTES, LOGIT_BYTES = 2**31, 2**28
+# A bootstrap interval's resamples, and how many are drawn at once: 500 of 10,000 windows take 40 MB.
+RESAMPLES, DRAWN = 10_000, 500
+
+Steps = Callable[[int, int], None]
+
+
+def unseen(done: int, total: int) -> None:
+    """Shows no steps."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +78,18 @@ def check_windows(model: Streamed, windows: Tensor) -> None:
         raise InputError(f"token {int(windows.max())} is outside the vocabulary of {model.name}, {model.shape.vocab}")
 
 
-@torch.inference_mode()
-def window_nll(
-    model: Streamed, windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
-) -> Tensor:
-    """Mean negative log-likelihood in nats of each window, float64 [windows]; windows int64 [windows, length].
-
-    The first token of a window has nothing before it and is not predicted. Logits and log-softmax are float32.
-    """
+def final_states(
+    model: Streamed, ends: Ends, windows: Tensor, progress: Steps = unseen
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The pass over a model: some windows' tokens int64 [b, length] and their hidden states [b, length, d] before the
+    final norm, in the order of `windows` int64 [windows, length]. A layer is read once for as many windows as
+    `HIDDEN_BYTES` hold."""
     shape, (count, length) = model.shape, windows.shape
     check_windows(model, windows)
     batch = max(1, min(count, 2048 // length))
     group = max(batch, HIDDEN_BYTES // (4 * length * shape.hidden) // batch * batch)
-    ends = model.ends()
     total = -(-count // group) * shape.layers * -(-min(group, count) // batch) + -(-count // batch)
-    done, losses = 0, []
+    done = 0
     for first in range(0, count, group):
         parts = windows[first : first + group].split(batch)
         hidden = [decoder.embed(model.ops, ends, part) for part in parts]
@@ -96,42 +101,63 @@ def window_nll(
                 progress(min(done, total), total)
             del layer
         for part, states in zip(parts, hidden, strict=True):
-            losses.append(_losses(model.ops, ends, states, part, shape.vocab))
+            yield part, states
             done += 1
             progress(min(done, total), total)
+
+
+@torch.inference_mode()
+def window_nll(model: Streamed, windows: Tensor, progress: Steps = unseen) -> Tensor:
+    """Mean negative log-likelihood in nats of each window, float64 [windows]; windows int64 [windows, length].
+
+    The first token of a window has nothing before it and is not predicted. Logits and log-softmax are float32.
+    """
+    ends = model.ends()
+    losses = [_losses(model, ends, states, part) for part, states in final_states(model, ends, windows, progress)]
     return torch.cat(losses)
 
 
-def _losses(ops: Backend, ends: Ends, hidden: Tensor, tokens: Tensor, vocab: int) -> Tensor:
-    rows = max(1, LOGIT_BYTES // (4 * vocab))
+def logit_rows(model: Streamed, ends: Ends, states: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """states [n, d] before the final norm -> logits float32 [rows, vocab] of one range of them after the other, each of
+    at most `LOGIT_BYTES`."""
+    rows = max(1, LOGIT_BYTES // (4 * model.shape.vocab))
+    for at in range(0, len(states), rows):
+        cut = slice(at, min(at + rows, len(states)))
+        yield cut, decoder.logits(model.ops, ends, states[None, cut])[0].float()
+
+
+def _losses(model: Streamed, ends: Ends, hidden: Tensor, tokens: Tensor) -> Tensor:
     targets = tokens[:, 1:].reshape(-1)
-    states = hidden[:, :-1].reshape(1, -1, hidden.shape[-1])
     parts = [
-        F.cross_entropy(
-            decoder.logits(ops, ends, states[:, at : at + rows])[0].float(), targets[at : at + rows], reduction="none"
-        )
-        for at in range(0, states.shape[1], rows)
+        F.cross_entropy(logits, targets[cut], reduction="none")
+        for cut, logits in logit_rows(model, ends, hidden[:, :-1].flatten(0, 1))
     ]
     return torch.cat(parts).view(tokens.shape[0], -1).mean(dim=1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % paired bootstrap interval."""
+    """A mean and its 95 % bootstrap interval."""
 
     mean: float
     low: float
     high: float
 
 
-def paired_interval(first: Tensor, second: Tensor, *, resamples: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of first - second over windows (same windows, nats), with a 95 % percentile bootstrap interval."""
-    difference = (first - second).to(torch.float64)
+def mean_interval(values: Tensor, *, tail: float = 0.025, seed: int = 0) -> Interval:
+    """Mean over windows of values [windows] and its percentile bootstrap interval, which leaves out `tail` on each
+    side: 0.025 is the two-sided 95 % interval, 0.05 has both one-sided 95 % bounds."""
+    values = values.to(torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(difference), (resamples, len(difference)), generator=generator)
-    means = difference[draws].mean(dim=1)
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(difference.mean()), low, high)
+    draws = (torch.randint(len(values), (DRAWN, len(values)), generator=generator) for _ in range(RESAMPLES // DRAWN))
+    means = torch.cat([values[draw].mean(dim=1) for draw in draws])
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    return Interval(float(values.mean()), low, high)
+
+
+def paired_interval(first: Tensor, second: Tensor) -> Interval:
+    """Mean of first - second over windows (the same windows, nats), with its 95 % bootstrap interval."""
+    return mean_interval(first.to(torch.float64) - second.to(torch.float64))
 
 
 def perplexity(losses: Iterable[float] | Tensor) -> float:
