@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -22,6 +23,8 @@ from resq.show import bars, err
 # By hand, so that help and completion need no torch; a test compares them with the recipes.
 RECIPE_NAMES = ("rtn", "gptq", "quarot", "resq", "resq-paper", "resq-w4a8kv4", "resq-weight-only", "resq-kv")
 
+NOT_GOOD_ENOUGH = 3
+
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -29,8 +32,8 @@ app = typer.Typer(
     help="Quantize language models to 4-bit weights, activations and KV cache, and run them.\n\n"
     "`resq demo` shows every recipe on a tiny model that comes with the package: nothing is downloaded.",
     epilog="Exit codes: 0 done · 1 a bug in resq (with a traceback) or a closed pipe · 2 something given cannot be "
-    "used, one line says what · 130 interrupted, nothing half-written is kept. With --json, standard output is one "
-    "JSON object.",
+    "used, one line says what · 3 `resq gate`: not good enough · 130 interrupted, nothing half-written is kept. With "
+    "--json, standard output is one JSON object.",
 )
 BackendOption = Annotated[
     str | None, typer.Option(help="What runs packed checkpoints: cpu or reference.", show_default="cpu")
@@ -147,6 +150,74 @@ def evaluate(
         print(json.dumps({"rows": [asdict(row) for row in rows]}))
         return
     show.evaluated(rows)
+
+
+class Undecided(StrEnum):
+    """What a criterion counts as that the text does not decide."""
+
+    FAIL = "fail"
+    PASS = "pass"
+
+
+@app.command()
+def gate(
+    directory: Annotated[str, typer.Argument(help="A packed checkpoint: a directory or a hub id.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text, .jsonl, or `stdlib`.")],
+    max_ppl: Annotated[
+        str | None, typer.Option(help="Perplexity at most so far above 16 bit, such as +3%.", show_default="any")
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="KL divergence from 16 bit at most, nats per token, such as 0.05.", show_default="any"),
+    ] = None,
+    min_agreement: Annotated[
+        str | None,
+        typer.Option(help="Share of tokens with 16 bit's most probable one at least, such as 98%.", show_default="any"),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The 16-bit original.", show_default="the source that the checkpoint names")
+    ] = None,
+    undecided: Annotated[
+        Undecided, typer.Option(help="What counts where the interval straddles the bound: fail or pass.")
+    ] = Undecided.FAIL,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens per non-overlapping window.", show_default="2048 or the context")
+    ] = None,
+    wikitext: Annotated[
+        bool, typer.Option("--wikitext", help="The text is a WikiText split: join its rows by blank lines.")
+    ] = False,
+    backend: BackendOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Is a packed checkpoint as close to 16 bit as asked? For scripts: exit code 0 when it is, 3 when not.
+
+    A criterion passes when its whole one-sided 95 % interval (bootstrap over windows, paired with 16 bit) satisfies it,
+    and fails when none of it does; in between the text is too short to tell.
+
+    For example: `resq gate llama-resq --text wiki.test.raw --wikitext --max-ppl +3% --max-kl 0.05 --min-agreement 98%`
+    """
+    from resq.measure.gate import criteria
+    from resq.measure.gate import gate as run
+
+    wanted = criteria(max_ppl, max_kl, min_agreement)
+    with bars() as progress:
+        report = run(
+            directory,
+            text,
+            wanted,
+            against=against,
+            window_length=window_length,
+            wikitext=wikitext,
+            backend=backend,
+            progress=progress,
+        )
+    passed = report.passed(undecided=undecided is Undecided.PASS)
+    if json_output:
+        print(json.dumps({"passed": passed, **asdict(report)}))
+    else:
+        show.judged(report, passed)
+    if not passed:
+        sys.exit(NOT_GOOD_ENOUGH)
 
 
 @app.command()

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
+from rich.text import Text
 
 from resq.progress import Progress
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from resq.demo import Row as DemoRow
     from resq.measure.bench import Report as BenchReport
     from resq.measure.evaluate import Row
+    from resq.measure.gate import Report as GateReport
     from resq.measure.ledger import Ledger
     from resq.measure.perplexity import Interval
     from resq.measure.speed import Limits
@@ -120,18 +122,18 @@ def evaluated(rows: Sequence[Row]) -> None:
     """Perplexities side by side, and how far each is from a 16-bit original that was named first. Fits 100 columns."""
     compared = any(row.kl is not None for row in rows)
     table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="bold", pad_edge=False)
-    for name in ("checkpoint", "recipe"):
-        table.add_column(name, overflow="fold")
+    table.add_column("checkpoint", overflow="fold", min_width=10)
+    table.add_column("recipe", overflow="fold", min_width=6)
     names = ["perplexity", "× first", "Δ nats\n± 95 %"]
     names += ["KL nats\n± 95 %", "same top 1\n± 95 %"] if compared else []
-    for name in (*names, "seconds"):
+    for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         cells = ["" if row.ratio is None else f"{row.ratio:.4f}", spread(row.delta, row.delta_low, row.delta_high)]
         if compared:
             cells.append(spread(row.kl, row.kl_low, row.kl_high, "{:.4f}"))
             cells.append(spread(row.agreement, row.agreement_low, row.agreement_high, "{:.2%}"))
-        table.add_row(row.checkpoint, row.recipe, f"{row.perplexity:.3f}", *cells, f"{row.seconds:.1f}")
+        table.add_row(row.checkpoint, row.recipe, f"{row.perplexity:.3f}", *cells)
     out.print(table)
     words = [f"{count}." for count in dict.fromkeys(windows_of(row.windows, row.window_length) for row in rows)]
     if compared:
@@ -151,6 +153,35 @@ def spread(mean: float | None, low: float | None, high: float | None, form: str 
         return ""
     half = "" if low is None or high is None else f" ±{form.format((high - low) / 2).lstrip('+').rstrip('%')}"
     return form.format(mean) + half
+
+
+def judged(report: GateReport, passed: bool) -> None:
+    """Each criterion with its estimate, interval, bound and verdict; then the sum of them. Fits 80 columns."""
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="bold", pad_edge=False)
+    table.add_column("criterion", no_wrap=True)
+    for name in ("estimate", "one-sided 95 %", "bound"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    names = {"perplexity": "perplexity over 16 bit", "kl": "KL, nats per token", "agreement": "same top 1"}
+    forms = {"perplexity": "{:+.2%}", "kl": "{:.4f}", "agreement": "{:.2%}"}
+    for finding in report.findings:
+        measure, form = finding.criterion.measure, forms[finding.criterion.measure]
+        low, high, bound = (form.format(value) for value in (finding.low, finding.high, finding.criterion.bound))
+        sign = "≥" if measure == "agreement" else "≤"
+        style = {"pass": "green", "fail": "red"}.get(finding.verdict, "yellow")
+        verdict = Text(finding.verdict, style=style)
+        table.add_row(names[measure], form.format(finding.estimate), f"{low} … {high}", f"{sign} {bound}", verdict)
+    out.print(table)
+    out.print(
+        f"\n{report.checkpoint} beside {report.source} on {windows_of(report.windows, report.window_length)}: "
+        f"{'passed' if passed else 'not passed'}.",
+        soft_wrap=True,
+    )
+    for finding in report.findings:
+        if finding.verdict == "undecided":
+            needed = finding.windows_needed
+            words = "no number of windows" if needed is None else f"about {needed:,} windows of such text"
+            out.print(f"{names[finding.criterion.measure]}: {words} would probably decide it.")
 
 
 def system(facts: dict[str, Any]) -> None:
