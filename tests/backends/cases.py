@@ -66,9 +66,8 @@ def naive_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: list[
 
 
 def instruction_sets() -> list[str]:
-    """Those that the CPU backend can use here, fastest first; none where it was not built."""
-    if native.unusable() is not None:
-        return []
+    """Those that the CPU backend can use here, fastest first. Raises BackendUnavailable where it was not built: what
+    needs it fails with that reason, as it is part of the package."""
     return [each.name for each in native.instruction_sets() if each.missing is None]
 
 

@@ -42,8 +42,6 @@ ROUNDING = 2.0**-24
 # The same for float64.
 ROUNDING64 = 2.0**-53
 
-pytestmark = pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}")
-
 
 @pytest.fixture(autouse=True, params=instruction_sets())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:

@@ -89,7 +89,6 @@ print(json.dumps({
 """
 
 
-@pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}")
 @pytest.mark.skipif(
     "avx512-vnni" not in instruction_sets(), reason="the AMX kernels need AVX-512 VNNI beside the tiles"
 )

@@ -23,10 +23,7 @@ from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense, LinearMap, PerHead
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}"),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True, params=instruction_sets())

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.backends.cases import instruction_sets
 
 from resq.backends.cpu import native
 
@@ -88,7 +87,6 @@ def compiled(source: Path, to: Path, *flags: str) -> Path:
     return to
 
 
-@pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}")
 def test_no_function_that_others_can_link_to_holds_instructions_beyond_the_baseline() -> None:
     """In the module as it is installed. Its local names are stripped; those of templates are not."""
     module = Path(native.module().__file__)

@@ -10,11 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.backends.cases import instruction_sets
 
-from resq.backends.cpu import native
-
-pytestmark = pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}")
 ROOT = Path(__file__).parents[2]
 # Freed memory goes back to the system at once, so that what stays is held by somebody.
 ALLOCATOR = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

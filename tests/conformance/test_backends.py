@@ -17,7 +17,6 @@ from resq.backends.cpu import native
 from resq.ptq.recipes import RECIPES
 from resq.runtime.generate import Sampling, continue_tokens
 
-pytestmark = pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}")
 # Many short rows: where one integer differs, the later positions of its row may.
 TOKENS = torch.randint(3, 259, (24, 10), generator=torch.Generator().manual_seed(5))
 

@@ -6,17 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.backends.cases import instruction_sets
 
 import resq
-from resq.backends.cpu import native
 from resq.measure.perplexity import open_streamed, paired_interval, window_nll
 from resq.models.text import all_windows, load_tokenizer
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not instruction_sets(), reason=f"no CPU kernels: {native.unusable()}"),
-]
+pytestmark = pytest.mark.slow
 WINDOWS, TOKENS = 24, 64
 # Where one integer differs from the reference's, those of later layers do too and the logits of that text move: by 0.01
 # to 0.08 (rms; logits have a deviation of 3). They move as much when the reference's own linears are each off by one
