@@ -289,7 +289,10 @@ def bench(
     """
     from resq.measure.bench import Plan, save
     from resq.measure.bench import bench as run
+    from resq.measure.rows import check_appendable
 
+    if out_file is not None:
+        check_appendable(out_file)
     plan = Plan(
         checkpoint=directory,
         shape=shape,

@@ -187,12 +187,11 @@ def judged(report: GateReport, passed: bool) -> None:
 def system(facts: dict[str, Any]) -> None:
     """Backends and instruction sets: what is used, and why not the others."""
     table = Table(show_header=False, box=None)
-    first = True
     for entry in facts["backends"]:
-        reason = entry["unusable"]
-        used = "used" if first and reason is None else "usable"
-        first = first and reason is not None
-        table.add_row(f"backend {entry['name']}", used if reason is None else f"not usable: {reason}")
+        name, reason = entry["name"], entry["unusable"]
+        # A backend is never taken in the place of the first.
+        used = "used" if entry is facts["backends"][0] else f"usable when asked for: --backend {name}"
+        table.add_row(f"backend {name}", used if reason is None else f"not usable: {reason}")
     faster = True
     for entry in facts["instruction_sets"]:
         if entry["name"] == facts["active"]:
@@ -206,6 +205,10 @@ def system(facts: dict[str, Any]) -> None:
         table.add_row(f"  {entry['name']}", why)
     table.add_row("threads", str(facts["threads"]))
     out.print(table)
+
+
+# Bytes of weights from which on memory beside them is told as a ratio.
+TELLING_WEIGHTS = 50_000_000
 
 
 def timed(report: BenchReport) -> None:
@@ -231,15 +234,17 @@ def timed(report: BenchReport) -> None:
         if result.name == ours:
             out.print(_operators(result, limits))
     memory = report.memory
+    # A process has some ten MB of its own, beside which a tiny model's weights say nothing.
+    told = memory["weights"] >= TELLING_WEIGHTS
+    share = f"{memory['anonymous'] / memory['weights']:.2f} × " if told else "beside "
     out.print(
-        f"memory: loading took {size(memory['anonymous'])} of anonymous memory, "
-        f"{memory['anonymous'] / memory['weights']:.2f} × the packed weights ({size(memory['weights'])}); "
-        f"the cache holds {size(memory['cache'])}"
+        f"memory: loading took {size(memory['anonymous'])} of anonymous memory, {share}the packed weights "
+        f"({size(memory['weights'])}); the cache holds {size(memory['cache'])}"
     )
     if len(report.about) == 1:  # peers have their own
-        total = memory["weights"] + memory["cache"]
-        at_end = memory["anonymous at the end"]
-        out.print(f"at the end {size(at_end)} anonymous, {at_end / total:.2f} × weights and cache")
+        total, at_end = memory["weights"] + memory["cache"], memory["anonymous at the end"]
+        share = f", {at_end / total:.2f} × weights and cache" if told else ""
+        out.print(f"at the end {size(at_end)} anonymous{share}")
 
 
 def _operators(result: TimedResult, limits: Limits) -> Table:

@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 
 from resq.errors import InputError
-from resq.measure import peers
-from resq.measure.peers import PACKAGES, PEERS, check_peer, peer_named, tokens_of
+from resq.measure.peers import choose, llama_cpp, openvino
+from resq.measure.peers import peer as contract
+from resq.measure.peers.choose import PACKAGES, PEERS, check_peer, peer_named
+from resq.measure.peers.peer import tokens_of
 from resq.measure.shapes import shape_named
+from resq.models.architecture import architecture_for
 
 VOCAB = shape_named("tiny")["vocab_size"]
 PUBLISHED_KINDS = ("tiny", "qwen2", "qwen3", "untied")
@@ -50,7 +53,7 @@ def peer(request: pytest.FixtureRequest) -> Iterator[Any]:
     installed(request.param)
     built = peer_named(request.param, shape_named("tiny"), threads=1)
     yield built
-    built.close()
+    built.engine.close()
 
 
 def test_decode_continues_the_context_of_every_row(peer: Any) -> None:
@@ -58,30 +61,30 @@ def test_decode_continues_the_context_of_every_row(peer: Any) -> None:
     # 2^-8; another context or another token makes a difference of the logits' own size.
     near, far = 0.05, 0.5
     peer.prefill(24)
-    whole = peer.logits()
+    whole = peer.engine.logits()
     peer.start_decode(3, 20)
     for step in range(4):
-        before = peer.logits() if step else None
+        before = peer.engine.logits() if step else None
         assert peer.decode() > 0
-        assert before is None or distance(peer.logits(), before) > far
-    logits = peer.logits()
+        assert before is None or distance(peer.engine.logits(), before) > far
+    logits = peer.engine.logits()
     assert logits.shape == (3, VOCAB)
     assert distance(logits[:1], whole) < near
     assert distance(logits[1:2], whole) > far
     # Each row by itself: the second row's text alone in a batch of two gives what it gave among three.
     peer.start_decode(2, 23)
     peer.decode()
-    assert distance(peer.logits(), logits[:2]) < near
+    assert distance(peer.engine.logits(), logits[:2]) < near
 
 
 def test_a_prefill_starts_from_nothing(peer: Any) -> None:
     peer.prefill(9)
-    first = peer.logits()
+    first = peer.engine.logits()
     peer.start_decode(2, 5)
     peer.decode()
     assert peer.prefill(9) > 0
-    assert peer.logits().shape == (1, VOCAB)
-    assert torch.equal(peer.logits(), first)
+    assert peer.engine.logits().shape == (1, VOCAB)
+    assert torch.equal(peer.engine.logits(), first)
 
 
 def test_a_decode_without_a_context_is_refused(peer: Any) -> None:
@@ -94,7 +97,7 @@ def test_a_decode_without_a_context_is_refused(peer: Any) -> None:
 
 
 def test_weights_take_the_bytes_of_their_type(peer: Any) -> None:
-    shape = peers.architecture_for("llama").shape(shape_named("tiny"))
+    shape = architecture_for("llama").shape(shape_named("tiny"))
     linears, head = shape.layers * sum(out * inner for out, inner in shape.sizes().values()), VOCAB * shape.hidden
     # Payload and 16-bit scales: of 128 weights (INT4), of a row (INT8), of 32 (Q4_0, Q8_0), of 256 (Q6_K).
     expected = {
@@ -105,14 +108,14 @@ def test_weights_take_the_bytes_of_their_type(peer: Any) -> None:
         "llama.cpp-q8_0": linears * 34 / 32 + head * 34 / 32,
     }[peer.name]
     norms = 4 * (2 * shape.layers + 1) * shape.hidden
-    assert 0 <= peer.weight_bytes - expected <= norms
+    assert 0 <= peer.engine.weight_bytes - expected <= norms
 
 
 def test_torch_threads_are_put_back() -> None:
     before = torch.get_num_threads()
     built = peer_named("torch-bf16", shape_named("tiny"), threads=before + 1)
     built.prefill(3)
-    built.close()
+    built.engine.close()
     assert torch.get_num_threads() == before
 
 
@@ -131,9 +134,9 @@ def test_a_head_of_four_bits_is_smaller_and_said(name: str, four: str, eight: st
     for bits, words in ((4, four), (8, eight)):
         built = peer_named(name, shape_named("tiny"), threads=1, head_bits=bits)
         built.prefill(2)
-        assert words in built.about
-        sizes.append(built.weight_bytes)
-        built.close()
+        assert words in built.engine.about
+        sizes.append(built.engine.weight_bytes)
+        built.engine.close()
     assert sizes[0] < sizes[1]
 
 
@@ -155,16 +158,16 @@ def reference(config: dict[str, Any], weights: dict[str, Tensor], tokens: Tensor
 @pytest.mark.parametrize("kind", PUBLISHED_KINDS)
 def test_openvino_computes_what_transformers_computes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     installed("openvino")
-    import openvino
+    import openvino as engine
 
     config, nodes = tiny(kind), []
-    make = peers._OpenVinoGraph._weight
+    make = openvino._Graph._weight
 
     def kept(self: Any, *arguments: int) -> Any:
         nodes.append(make(self, *arguments))
         return nodes[-1]
 
-    monkeypatch.setattr(peers._OpenVinoGraph, "_weight", kept)
+    monkeypatch.setattr(openvino._Graph, "_weight", kept)
     built: Any = peer_named("openvino-f32dq", config, threads=1)
     names = ["model.embed_tokens"]
     for layer in range(2):
@@ -173,14 +176,14 @@ def test_openvino_computes_what_transformers_computes(kind: str, monkeypatch: py
     names += ["lm_head"] if kind == "untied" else []
     weights = {}
     for name, node in zip(names, nodes, strict=True):
-        model = openvino.Model([openvino.opset13.result(node)], [])
-        values = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])[0]
+        model = engine.Model([engine.opset13.result(node)], [])
+        values = engine.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})([])[0]
         weights[f"{name}.weight"] = torch.from_numpy(values.copy())
     built.prefill(24)
     exact = reference(config, weights, torch.from_numpy(tokens_of(VOCAB, 1, 0, 24)))
     # Inputs are rounded to 8 bits in groups of 128 by the engine, one rounding after another through 15 linears.
-    assert distance(built.logits(), exact) < 0.05
-    built.close()
+    assert distance(built.engine.logits(), exact) < 0.05
+    built.engine.close()
 
 
 @pytest.mark.parametrize("kind", PUBLISHED_KINDS)
@@ -189,14 +192,14 @@ def test_llama_cpp_computes_what_transformers_computes(kind: str, tmp_path: Path
     import gguf
 
     config = tiny(kind)
-    peers.write_gguf(tmp_path / "model.gguf", config, "Q8_0", "Q8_0")
+    llama_cpp.write_gguf(tmp_path / "model.gguf", config, "Q8_0", "Q8_0")
     stored = {
         tensor.name: torch.from_numpy(np.array(gguf.quants.dequantize(tensor.data, tensor.tensor_type)))
         for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors
     }
     theirs = {"token_embd": "model.embed_tokens", "output": "lm_head"}
     for layer in range(2):
-        for role, name in peers.GGUF_LINEARS.items():
+        for role, name in llama_cpp.GGUF_LINEARS.items():
             block = "mlp" if name.startswith("ffn") else "self_attn"
             theirs[f"blk.{layer}.{name}"] = f"model.layers.{layer}.{block}.{role}_proj"
     weights = {}
@@ -212,21 +215,21 @@ def test_llama_cpp_computes_what_transformers_computes(kind: str, tmp_path: Path
     built.prefill(24)
     exact = reference(config, weights, torch.from_numpy(tokens_of(VOCAB, 1, 0, 24)))
     # Inputs are rounded to 8 bits in blocks of 32 by the engine, one rounding after another through 15 linears.
-    assert distance(built.logits(), exact) < 0.05
-    built.close()
+    assert distance(built.engine.logits(), exact) < 0.05
+    built.engine.close()
 
 
 def test_llama_cpp_makes_room_when_a_context_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
     installed("llama.cpp")
-    monkeypatch.setattr(peers.LlamaPeer, "ROOM", 2)
+    monkeypatch.setattr(contract, "ROOM", 2)
     built: Any = peer_named("llama.cpp", shape_named("tiny"), threads=1)
     built.start_decode(2, 254)  # 256 tokens a row with the room: the engine rounds a context up to such a multiple
     for _ in range(5):
         built.decode()
-    logits = built.logits()
+    logits = built.engine.logits()
     built.prefill(259)
-    assert distance(logits[:1], built.logits()) < 0.05
-    built.close()
+    assert distance(logits[:1], built.engine.logits()) < 0.05
+    built.engine.close()
 
 
 def test_nothing_temporary_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -238,7 +241,7 @@ def test_nothing_temporary_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             continue
         built = peer_named(name, shape_named("tiny"), threads=1)
         built.prefill(2)
-        built.close()
+        built.engine.close()
     assert not list(tmp_path.iterdir())
 
 
@@ -266,7 +269,7 @@ def test_a_package_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatc
     def broken(name: str) -> Any:
         raise OSError("libgomp.so.1: cannot open shared object file\nand more")
 
-    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    monkeypatch.setattr(choose.importlib, "import_module", broken)
     with pytest.raises(InputError, match=r"openvino.*cannot be loaded: libgomp\.so\.1.*pip install") as refused:
         check_peer("openvino")
     assert "\n" not in str(refused.value)

@@ -17,15 +17,18 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, REFER
 
 
 def describe_system() -> dict[str, Any]:
-    """Which backend and instruction set are used here and why the others are not: backends, instruction_sets (name,
-    reason or None), active, threads."""
+    """Which backend and instruction set are used here and why the others are not: backends, the one that is taken
+    unasked first; instruction_sets (name, reason or None) that were built; active, None where the first is not usable;
+    forced, by the environment; threads."""
     reasons = {name: backend.unusable() for name, backend in BACKENDS.items()}
-    usable = reasons[CPU.name] is None
-    sets = [{"name": each.name, "missing": each.missing} for each in native.instruction_sets()] if usable else []
+    try:
+        sets = native.instruction_sets()
+    except BackendUnavailable:
+        sets = []
     return {
         "backends": [{"name": name, "unusable": reason} for name, reason in reasons.items()],
-        "instruction_sets": sets,
-        "active": native.module().active() if usable else None,
+        "instruction_sets": [{"name": each.name, "missing": each.missing} for each in sets],
+        "active": native.module().active() if reasons[CPU.name] is None else None,
         "forced": os.environ.get(native.FORCE),
         "threads": torch.get_num_threads(),
     }

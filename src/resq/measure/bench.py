@@ -12,17 +12,29 @@ import torch
 
 from resq.backends.backend import Backend
 from resq.backends.choose import backend_named
-from resq.errors import InputError
+from resq.errors import InputError, nearest
 from resq.measure import rows
-from resq.measure.peers import PEERS, check_peer, peer_named
+from resq.measure.peers.choose import PEERS, check_peer, peer_named
 from resq.measure.shapes import shape_named
-from resq.measure.speed import Contender, Limits, Ours, Point, Result, anonymous_bytes, as_row, measure, measure_limits
+from resq.measure.speed import (
+    STEPS,
+    WARM_STEPS,
+    Contender,
+    Limits,
+    Ours,
+    Point,
+    Result,
+    anonymous_bytes,
+    as_row,
+    measure,
+    measure_limits,
+)
 from resq.measure.synthetic import synthetic
-from resq.models.source import read_config
+from resq.models.architecture import Config, architecture_for
 from resq.progress import Progress, silent
 from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import RECIPES, recipe_named
-from resq.runtime.load import load
+from resq.runtime.load import Opened, load
 
 
 @dataclass(frozen=True)
@@ -73,8 +85,8 @@ class Report:
         return found
 
 
-def check(plan: Plan) -> None:
-    """Raises InputError for a plan that cannot be run, before anything is built."""
+def check(plan: Plan) -> Config:
+    """The configuration of what is measured. Raises InputError for a plan that cannot be run; nothing is built."""
     if (plan.checkpoint is None) == (plan.shape is None):
         raise InputError("give a packed checkpoint or --shape, one of them")
     with_head(recipe_named(plan.recipe), plan.head_bits)
@@ -83,12 +95,28 @@ def check(plan: Plan) -> None:
             raise InputError(f"{what} is {min(values)}; at least 1 is needed")
     if plan.rounds < 1 or (plan.threads is not None and plan.threads < 1):
         raise InputError("--rounds and --threads must be at least 1")
+    accepted = [*PEERS, *(RECIPES if plan.shape is not None else ())]
+    names = [plan.recipe] if plan.shape is not None else []
     for name in plan.against:
+        if name not in accepted:
+            raise InputError(
+                f"nothing called {name!r} to measure against; there are {', '.join(accepted)}{nearest(name, accepted)}"
+            )
+        if name in names:
+            raise InputError(f"{name} would be measured twice; name everything once")
         if name in PEERS:
             check_peer(name)
-        elif name not in RECIPES or plan.shape is None:
-            accepted = [*PEERS, *(RECIPES if plan.shape is not None else ())]
-            raise InputError(f"nothing called {name!r} to measure against; there are {', '.join(accepted)}")
+        names.append(name)
+    config = Opened(plan.checkpoint).config if plan.checkpoint is not None else shape_named(str(plan.shape))
+    context, steps = architecture_for(config["model_type"]).shape(config).max_positions, WARM_STEPS + STEPS
+    if max(plan.prefill) > context:
+        raise InputError(f"--prefill is {max(plan.prefill)}; the model's context holds {context} tokens, give fewer")
+    if plan.context + steps > context:
+        raise InputError(
+            f"--context is {plan.context}; the model's context of {context} tokens holds {context - steps} and the "
+            f"{steps} of decoding, give fewer"
+        )
+    return config
 
 
 def with_head(recipe: Recipe, head_bits: float) -> Recipe:
@@ -98,23 +126,21 @@ def with_head(recipe: Recipe, head_bits: float) -> Recipe:
 
 def bench(plan: Plan, *, progress: Progress = silent) -> Report:
     """Run the plan. Raises InputError for what cannot be run, BackendUnavailable without kernels."""
-    check(plan)
-    backend = backend_named(plan.backend)
+    config, backend = check(plan), backend_named(plan.backend)
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads or before)
     try:
         with ExitStack() as stack:
-            return _bench(plan, backend, stack, progress)
+            return _bench(plan, config, backend, stack, progress)
     finally:
         torch.set_num_threads(before)
 
 
-def _bench(plan: Plan, backend: Backend, stack: ExitStack, progress: Progress) -> Report:
+def _bench(plan: Plan, config: Config, backend: Backend, stack: ExitStack, progress: Progress) -> Report:
     threads = torch.get_num_threads()
     gc.collect()
     anonymous = anonymous_bytes()
     if plan.shape is not None:
-        config = shape_named(plan.shape)
         recipe = with_head(recipe_named(plan.recipe), plan.head_bits)
         ours = Ours(recipe.name, synthetic(config, recipe, backend, progress=progress))
         subject = plan.shape
@@ -122,7 +148,7 @@ def _bench(plan: Plan, backend: Backend, stack: ExitStack, progress: Progress) -
         assert plan.checkpoint is not None
         model = load(plan.checkpoint, backend=backend, progress=progress)
         ours = Ours(model.manifest.recipe.name, model)
-        config, subject = read_config(model.directory), str(plan.checkpoint)
+        subject = str(plan.checkpoint)
     gc.collect()
     memory = {"anonymous": anonymous_bytes() - anonymous, "weights": ours.weight_bytes}
     contenders: list[Contender] = [ours]
@@ -131,9 +157,10 @@ def _bench(plan: Plan, backend: Backend, stack: ExitStack, progress: Progress) -
         if name in PEERS:
             bits = 4 if plan.shape is not None and plan.head_bits == 4.5 else 8
             peer = peer_named(name, config, threads=threads, head_bits=bits, progress=progress)
-            stack.callback(peer.close)
+            stack.callback(peer.engine.close)
             contenders.append(peer)
-            about[name] = f"{peer.version}: {peer.about}, {peer.weight_bytes / 1e9:.2f} GB"
+            engine = peer.engine
+            about[name] = f"{engine.version}: {engine.about}, {engine.weight_bytes / 1e9:.2f} GB"
         else:
             other = with_head(recipe_named(name), plan.head_bits)
             contenders.append(Ours(name, synthetic(config, other, backend, progress=progress)))
@@ -148,6 +175,6 @@ def _bench(plan: Plan, backend: Backend, stack: ExitStack, progress: Progress) -
 
 def save(report: Report, plan: Plan, file: Path) -> None:
     """Append the report's rows, with what made them, to a .jsonl file."""
-    given = {key: value for key, value in asdict(plan).items() if key not in ("checkpoint",)}
+    given = {key: value for key, value in asdict(plan).items() if key != "checkpoint"}
     for row in report.rows():
         rows.append_row(file, {"kind": "speed", **row, "plan": given, **rows.provenance()})

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from resq._version import __version__
+from resq.errors import InputError
 
 
 def provenance() -> dict[str, Any]:
@@ -30,9 +31,17 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def check_appendable(file: Path) -> None:
+    """Raises InputError when rows cannot be added to this file: to be asked before the work that makes them."""
+    if not file.parent.is_dir():
+        raise InputError(f"{file} cannot be written: {file.parent} is no directory; make it or give another path")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        reason = "it is a directory" if file.is_dir() else "permission denied"
+        raise InputError(f"{file} cannot be written: {reason}; give another path")
+
+
 def append_row(file: Path, row: dict[str, Any]) -> None:
     """Add one line to a .jsonl file and flush it to disk."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a", encoding="utf-8") as stream:
         stream.write(json.dumps(row) + "\n")
         stream.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from resq.backends.backend import Activations, Backend, LayerCache
 from resq.backends.cpu.native import module
+from resq.backends.reference import UnpackedLinear
 from resq.models import decoder
 from resq.models.architecture import Role, Shape
 from resq.models.decoder import Ends, Layer
+from resq.numerics.linear import DenseLinear
 from resq.progress import Progress, silent
 
 # Long enough that caches hold a small part of it.
@@ -100,7 +103,7 @@ class Point:
     def __str__(self) -> str:
         if self.mode == "prefill":
             return f"prefill {self.tokens}"
-        return f"decode {self.batch} × 1 after {self.context}"
+        return f"decode, batch {self.batch}, context {self.context}"
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class Result:
 
 
 class Contender(Protocol):
-    """What is timed: ours or a peer (measure/peers.py)."""
+    """What is timed: ours or a peer (measure/peers)."""
 
     name: str
 
@@ -141,6 +144,26 @@ class Contender(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a backend holds of a linear [out, in]: the operator that reads it, bytes, out · in."""
+
+    label: str
+    bytes: int
+    values: int
+
+
+def held_bytes(weight: Any) -> int:
+    """Bytes of a prepacked weight; of the reference's, which are plain tensors, their own."""
+    match weight:
+        case UnpackedLinear():
+            return weight.integers.nbytes + weight.scale.nbytes
+        case DenseLinear():
+            return weight.weight.nbytes
+        case _:
+            return weight.nbytes
+
+
 class Ours:
     """State: a model of ours as a contender; collects its operators' times."""
 
@@ -148,18 +171,17 @@ class Ours:
         self.name, self.model = name, model
         self.operators: dict[str, Operator] = {}
         self._caches: list[LayerCache] = []
-        self._labels = {}
+        sizes, head = model.shape.sizes(), model.ends.head
+        self._held = {id(head): Held("lm_head", held_bytes(head), model.shape.vocab * model.shape.hidden)}
         for layer in model.layers:
             for role, weight in layer.linears.items():
-                self._labels[id(weight)] = _label(role)
-        self._labels[id(model.ends.head)] = "lm_head"
+                self._held[id(weight)] = Held(_label(role), held_bytes(weight), math.prod(sizes[role]))
         self._timed = self._watched(model.backend)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of all linears as the backend holds them."""
-        weights = [weight for layer in self.model.layers for weight in layer.linears.values()]
-        return sum(weight.nbytes for weight in [*weights, self.model.ends.head])
+        return sum(held.bytes for held in self._held.values())
 
     def cache_bytes(self) -> int:
         """Bytes of the stored keys and values."""
@@ -217,8 +239,8 @@ class Ours:
 
         def products(x: Activations, weights: Sequence[Any], *_: Any) -> tuple[int, int]:
             rows = (x if isinstance(x, Tensor) else x.q).shape[:-1].numel()
-            operations = sum(2 * rows * weight.out * weight.size for weight in weights)
-            return sum(weight.nbytes for weight in weights), operations
+            held = [self._held[id(weight)] for weight in weights]
+            return sum(each.bytes for each in held), sum(2 * rows * each.values for each in held)
 
         def read(q: Tensor, cache: LayerCache, *_: Any) -> tuple[int, int]:
             return cache.nbytes(), 4 * q.numel() * cache.length
@@ -229,7 +251,7 @@ class Ours:
         return replace(
             ops,
             norm_quantize=watch(named("norm, quantize"), ops.norm_quantize, nothing),
-            linears=watch(lambda x, weights, *_: self._labels[id(weights[0])], ops.linears, products),
+            linears=watch(lambda x, weights, *_: self._held[id(weights[0])].label, ops.linears, products),
             rope_project_append=watch(named("RoPE, project, append"), ops.rope_project_append, nothing),
             attend=watch(named("attention"), ops.attend, read),
             gather_quantize=watch(named("gather, quantize"), ops.gather_quantize, nothing),
@@ -241,10 +263,6 @@ def _label(role: Role) -> str:
     if role in (Role.Q, Role.K, Role.V):
         return "q, k, v"
     return "gate, up" if role in (Role.GATE, Role.UP) else str(role)
-
-
-# Operators whose time is not that of linears or attention.
-GLUE = ("norm, quantize", "RoPE, project, append", "gather, quantize", "SiLU, Hadamard, quantize")
 
 
 def measure(
@@ -298,8 +316,9 @@ def _per_run(entry: Operator, runs: int) -> Operator:
 
 
 def anonymous_bytes() -> int:
-    """Anonymous memory of this process (RssAnon): mapped files do not count."""
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+    """Anonymous memory of this process (RssAnon): mapped files do not count. 0 where the system does not tell."""
+    status = Path("/proc/self/status")
+    for line in status.read_text(encoding="utf-8").splitlines() if status.is_file() else ():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024
     return 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resq.backends.backend import Backend, LayerCache
 from resq.models import decoder
-from resq.models.architecture import READERS, Point, Role, Shape, Site, architecture_for
+from resq.models.architecture import READERS, Config, Point, Role, Shape, Site, architecture_for
 from resq.models.decoder import Ends, Layer
 from resq.numerics.bands import INT8, Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
@@ -49,7 +49,7 @@ class Synthetic:
 
 
 def synthetic(
-    config: dict[str, Any], recipe: Recipe, backend: Backend, *, seed: int = 0, progress: Progress = silent
+    config: Config, recipe: Recipe, backend: Backend, *, seed: int = 0, progress: Progress = silent
 ) -> Synthetic:
     """A model of `config`'s sizes with the recipe's bands, online maps and head, weights at random and prepacked.
 
