@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from resq.checkpoint.files import EndParts, Parts
     from resq.models.source import Source
     from resq.ptq.placement import Placement
+    from resq.ptq.recipe import Recipe
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -208,6 +209,16 @@ def shared() -> Path:
     if not (SHARED / "models").is_dir():
         pytest.skip("../shared with trained models is not here")
     return SHARED
+
+
+def brief(name: str) -> Recipe:
+    """A recipe with a few steps of learning where it has a hundred, for what does not depend on how well it learns."""
+    from resq.ptq.learning import LearnRotations
+    from resq.ptq.recipes import recipe_named
+
+    recipe = recipe_named(name)
+    tuning = (replace(each, steps=2) if isinstance(each, LearnRotations) else each for each in recipe.tuning)
+    return replace(recipe, tuning=tuple(tuning))
 
 
 def write_json(file: Path, value: Any) -> Path:

@@ -116,7 +116,7 @@ def quantize(
     keep_tied = model.shape.tied and method.precision.head is None and not untie
     with CheckpointWriter(out) as writer:
         tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
-        reports = run_pipeline(model, Job(method, tokens, rounding, seed, keep_tied), writer, progress)
+        outcome = run_pipeline(model, Job(method, tokens, rounding, seed, keep_tied), writer, progress)
         total = model.nbytes
         hashes = model.sha256(lambda done: progress("hashing the source", done, total))
         _copy_files(model, writer)
@@ -137,19 +137,20 @@ def quantize(
             else CalibrationEntry(
                 origin=chosen.origin,
                 windows=windows,
-                rounding_windows=rounding if method.rounding.needs_moment else 0,
+                rounding_windows=rounding if method.needs_moment else 0,
                 window_length=tokens.shape[1],
                 tokens_sha256=chosen.sha256,
                 forward="float32, cpu",
             ),
             "notes": [
                 *(note for basis in method.basis for note in basis.notes(model.shape)),
-                *damping_notes(reports),
+                *outcome.notes,
+                *damping_notes(outcome.linears),
             ],
         }
         writer.add_text("README.md", model_card(header, out.name, hub="/" in str(source) and not Path(source).exists()))
         manifest = writer.close(**header)
-    return Result(out, manifest, reports, time.perf_counter() - started)
+    return Result(out, manifest, outcome.linears, time.perf_counter() - started)
 
 
 def damping_notes(reports: Sequence[LinearReport]) -> list[str]:
@@ -168,7 +169,7 @@ def _windows(
     seed: int,
     recipe: Recipe,
 ) -> Windows | None:
-    if not recipe.needs and not recipe.rounding.needs_moment:
+    if not recipe.needs and not recipe.needs_moment and not recipe.tuning:
         return None
     context = model.shape.max_positions
     length = min(DEFAULT_LENGTH, context) if length is None else length

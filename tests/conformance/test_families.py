@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.conftest import brief
 from torch import Tensor
 
 import resq
@@ -44,7 +45,7 @@ PROMPT = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(
 def packed(family: str, recipe: str, checkpoint: Callable[..., Path], text: Path) -> Path:
     source = checkpoint(**FAMILIES[family])
     out = source.parent / "packed"
-    return resq.quantize(source, out, recipe=recipe, calibration=[text], windows=6, window_length=32).directory
+    return resq.quantize(source, out, recipe=brief(recipe), calibration=[text], windows=6, window_length=32).directory
 
 
 def decoded(model: resq.Model, tokens: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import Kept, float64_logits, make_checkpoint
+from tests.conftest import Kept, brief, float64_logits, make_checkpoint
 from torch import Tensor
 
 import resq
@@ -200,7 +200,7 @@ def quantized(case: Case, source: Path, out: Path, text: Path) -> tuple[resq.Mod
         resq.quantize(
             source,
             out,
-            recipe=case.recipe,
+            recipe=brief(case.recipe),
             calibration=[text],
             windows=WINDOWS,
             window_length=WINDOW_LENGTH,

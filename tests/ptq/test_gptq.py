@@ -9,6 +9,7 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits, symmetric_scale
 from resq.numerics.bands import Bands
+from resq.ptq.recipe import InputMoments
 from resq.ptq.rounding.gptq import Gptq, inverse_factor
 from resq.ptq.rounding.nearest import Nearest, scales
 
@@ -61,7 +62,7 @@ def test_blocked_gptq_has_the_integers_of_the_plain_one(name: str, block: int) -
     for seed in range(2):
         weight, moment = problem(seed)
         scale = scales(weight, bands, clip_search=False)
-        rounded = Gptq(block=block, clip_search=False)(weight, moment, bands, None)
+        rounded = Gptq(block=block, clip_search=False)(weight, InputMoments(moment), bands, None)
         assert torch.equal(rounded.linear.scale, scale)
         want = plain_gptq(weight, moment, bands, scale, 0.01)
         assert torch.equal(rounded.linear.integers().double(), want)
@@ -72,7 +73,9 @@ def test_blocked_gptq_has_the_integers_of_the_plain_one(name: str, block: int) -
 @pytest.mark.parametrize("seed", range(4))
 def test_gptq_has_a_smaller_output_error_than_nearest_on_correlated_inputs(seed: int, name: str) -> None:
     weight, moment = problem(seed)
-    gptq, nearest = (rounding(weight, moment, CUTS[name], None).linear for rounding in (Gptq(), Nearest()))
+    gptq, nearest = (
+        rounding(weight, InputMoments(moment), CUTS[name], None).linear for rounding in (Gptq(), Nearest())
+    )
     assert torch.equal(gptq.scale, nearest.scale)
     errors = [output_error(weight, linear.dequantize(torch.float64), moment) for linear in (gptq, nearest)]
     assert errors[0] < errors[1]
@@ -82,7 +85,7 @@ def test_gptq_is_nearest_where_inputs_are_uncorrelated() -> None:
     weight, _ = problem(0)
     moment = torch.diag(torch.linspace(0.5, 2.0, 96, dtype=torch.float64))
     for bands in CUTS.values():
-        gptq, nearest = (rounding(weight, moment, bands, None).linear for rounding in (Gptq(), Nearest()))
+        gptq, nearest = (rounding(weight, InputMoments(moment), bands, None).linear for rounding in (Gptq(), Nearest()))
         assert torch.equal(gptq.integers(), nearest.integers())
 
 
@@ -92,7 +95,7 @@ def test_rounding_leaves_its_arguments_as_they_were() -> None:
     bias = torch.arange(24, dtype=torch.float64)
     before = [x.clone() for x in (weight, moment, bias)]
     for rounding in (Gptq(), Nearest()):
-        rounding(weight, moment, CUTS["two-bands"], bias)
+        rounding(weight, InputMoments(moment), CUTS["two-bands"], bias)
     inverse_factor(moment.clone(), 0.01)
     assert all(torch.equal(x, kept) for x, kept in zip((weight, moment, bias), before, strict=True))
 
@@ -100,7 +103,7 @@ def test_rounding_leaves_its_arguments_as_they_were() -> None:
 def test_any_layout_of_the_weight_gives_the_same_integers() -> None:
     weight, moment = problem(1)
     strided = torch.empty(96, 24, dtype=torch.float64).T.copy_(weight)
-    first, second = (Gptq()(w, moment, CUTS["two-bands"], None).linear for w in (weight, strided))
+    first, second = (Gptq()(w, InputMoments(moment), CUTS["two-bands"], None).linear for w in (weight, strided))
     assert not strided.is_contiguous()
     assert torch.equal(first.integers(), second.integers())
 
@@ -108,7 +111,9 @@ def test_any_layout_of_the_weight_gives_the_same_integers() -> None:
 def test_scaling_all_inputs_changes_no_integer() -> None:
     weight, moment = problem(2)
     for factor in (2.0**-20, 2.0**20):
-        first, second = (Gptq()(weight, m, CUTS["two-bands"], None).linear for m in (moment, moment * factor))
+        first, second = (
+            Gptq()(weight, InputMoments(m), CUTS["two-bands"], None).linear for m in (moment, moment * factor)
+        )
         assert torch.equal(first.integers(), second.integers())
 
 
@@ -126,14 +131,14 @@ def test_damping_is_raised_until_the_moment_factorizes_and_is_reported(least: fl
     identity = torch.eye(size, dtype=torch.float64)
     torch.testing.assert_close(upper.T @ upper @ (moment + damping * identity), identity, rtol=0, atol=1e-10)
     weight = problem(0, size)[0]
-    assert Gptq()(weight, moment, Bands.of((4, size)), None).damping == damping
+    assert Gptq()(weight, InputMoments(moment), Bands.of((4, size)), None).damping == damping
 
 
 def test_fewer_rows_than_columns_round_with_the_usual_damping() -> None:
     weight, moment = problem(0, rows=3)
     assert torch.linalg.matrix_rank(moment) == 3
-    rounded = Gptq()(weight, moment, CUTS["two-bands"], None)
-    nearest = Nearest()(weight, moment, CUTS["two-bands"], None)
+    rounded = Gptq()(weight, InputMoments(moment), CUTS["two-bands"], None)
+    nearest = Nearest()(weight, InputMoments(moment), CUTS["two-bands"], None)
     errors = [output_error(weight, r.linear.dequantize(torch.float64), moment) for r in (rounded, nearest)]
     assert rounded.damping == 0.01
     assert errors[0] < errors[1]
@@ -150,7 +155,7 @@ def test_a_moment_that_is_not_finite_is_refused(value: float) -> None:
     weight, moment = problem(0)
     moment[3, 4] = moment[4, 3] = value
     with pytest.raises(InputError, match="NaN or Inf"):
-        Gptq()(weight, moment, CUTS["one-band"], None)
+        Gptq()(weight, InputMoments(moment), CUTS["one-band"], None)
 
 
 def test_a_dead_input_rounds_to_zero_and_leaves_the_others_alone() -> None:
@@ -161,7 +166,7 @@ def test_a_dead_input_rounds_to_zero_and_leaves_the_others_alone() -> None:
     # The mean of the live diagonal is one, so that the ones standing for the dead inputs do not change the damping.
     moment = moment / torch.diagonal(moment)[alive].mean()
     moment[dead] = moment[:, dead] = 0.0
-    rounded = Gptq(clip_search=False)(weight, moment, bands, None)
+    rounded = Gptq(clip_search=False)(weight, InputMoments(moment), bands, None)
     integers = rounded.linear.integers().double()
     assert torch.equal(integers[:, dead], torch.zeros(24, 3, dtype=torch.float64))
     live = moment[alive][:, alive]
@@ -171,7 +176,7 @@ def test_a_dead_input_rounds_to_zero_and_leaves_the_others_alone() -> None:
 
 def test_an_input_that_never_spoke_rounds_to_zeros() -> None:
     weight, moment = problem(0)
-    rounded = Gptq()(weight, torch.zeros_like(moment), CUTS["two-bands"], None)
+    rounded = Gptq()(weight, InputMoments(torch.zeros_like(moment)), CUTS["two-bands"], None)
     assert not rounded.linear.integers().any()
 
 
@@ -180,7 +185,7 @@ def test_an_input_that_never_spoke_rounds_to_zeros() -> None:
 def test_each_band_uses_its_own_range_of_integers(bits: tuple[int, int, int], rounding: Gptq | Nearest) -> None:
     weight, moment = problem(3)
     bands = Bands.of(*zip(bits, (32, 40, 24), strict=True))
-    integers = rounding(weight * 100, moment, bands, None).linear.integers()
+    integers = rounding(weight * 100, InputMoments(moment), bands, None).linear.integers()
     for band, cut in zip(bands, bands.slices(), strict=True):
         low, high = symmetric_limits(band.bits)
         part = integers[:, cut]
@@ -196,7 +201,7 @@ def test_scales_are_those_of_the_original_weights_per_row_and_band() -> None:
             symmetric_scale(weight[:, cut], band.bits, clip_search=search)
             for band, cut in zip(bands, bands.slices(), strict=True)
         ]
-        got = Gptq(clip_search=search)(weight, moment, bands, None).linear.scale
+        got = Gptq(clip_search=search)(weight, InputMoments(moment), bands, None).linear.scale
         assert torch.equal(got, torch.stack(want, dim=1))
     assert not torch.equal(scales(weight, bands, clip_search=True), scales(weight, bands, clip_search=False))
 
@@ -205,8 +210,8 @@ def test_scales_are_those_of_the_original_weights_per_row_and_band() -> None:
 def test_a_rows_integers_depend_on_that_row_alone(rounding: Gptq | Nearest) -> None:
     weight, moment = problem(0)
     bands = CUTS["two-bands"]
-    every = rounding(weight, moment, bands, None).linear.integers()
-    some = rounding(weight[5:9], moment, bands, None).linear.integers()
+    every = rounding(weight, InputMoments(moment), bands, None).linear.integers()
+    some = rounding(weight[5:9], InputMoments(moment), bands, None).linear.integers()
     assert torch.equal(every[5:9], some)
 
 
@@ -215,7 +220,7 @@ def test_a_zero_row_stays_zero_and_the_bias_is_kept(rounding: Gptq | Nearest) ->
     weight, moment = problem(0)
     weight[4] = 0.0
     bias = torch.linspace(-1, 1, 24, dtype=torch.float64)
-    linear = rounding(weight, moment, CUTS["two-bands"], bias).linear
+    linear = rounding(weight, InputMoments(moment), CUTS["two-bands"], bias).linear
     assert not linear.integers()[4].any()
     assert torch.isfinite(linear.scale).all()
     assert linear.bias is not None

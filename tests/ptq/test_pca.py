@@ -119,7 +119,7 @@ def test_the_precise_band_holds_the_most_energy_a_subspace_of_its_size_can(check
     found = matrices(pca(*EVERY).fit(moments, setting))
     assert len(found) == 1 + 2 * 2 + 2
     for (at, head), turn in found.items():
-        moment, bands = moment_at(moments, at, head), setting.bands(at.site)
+        moment, bands = moment_at(moments, at, head), setting.bands(at)
         assert len(bands) == 2
         precise = bands.slices()[-1]
         size = precise.stop - precise.start
@@ -243,7 +243,7 @@ def test_balanced_heads_have_the_same_power_in_each_band() -> None:
         assert before.scales is None
         assert torch.equal(map.matrices, before.matrices)
         powers = torch.einsum("gij,gik,gkj->gj", map.matrices, outputs[at.layer], map.matrices)
-        for cut in setting.bands(Site.ATTN_OUT).slices():
+        for cut in setting.bands(At(Site.ATTN_OUT, 0)).slices():
             factors = map.scales[:, cut]
             assert torch.equal(factors, factors[:, :1].expand_as(factors))
             quiet, loud = (powers[:, cut] * factors.square()).mean(dim=1).tolist()

@@ -21,7 +21,7 @@ from resq.models.text import load_tokenizer, sampled_windows
 from resq.numerics import hadamard
 from resq.numerics.formats import HeadFormats
 from resq.numerics.linear import DenseLinear
-from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation, random_orthogonal
+from resq.numerics.maps import Dense, Diagonal, Hadamard, LinearMap, PerHead, Permutation, random_orthogonal
 from resq.ptq.pipeline import fit_maps
 from resq.ptq.placement import Placement, fold_norms, in_float64, rounded_matrix
 from resq.ptq.recipe import At, Moments, Precision
@@ -57,6 +57,9 @@ def random_maps(shape: Shape) -> dict[At, LinearMap]:
         maps[At(Site.QUERY_KEY, layer)] = Dense(random_orthogonal(shape.head_dim, generator))
         maps[At(Site.ATTN_OUT, layer)] = Permutation(torch.randperm(shape.heads * shape.head_dim, generator=generator))
         maps[At(Site.MLP_HIDDEN, layer)] = Hadamard(hadamard.plan(shape.ffn))
+        scales = torch.rand(shape.hidden, generator=generator, dtype=torch.float64) + 0.5
+        maps[At(Site.ATTN_NORM_OUT, layer)] = Diagonal(scales)
+        maps[At(Site.MLP_NORM_OUT, layer)] = Permutation(torch.randperm(shape.hidden, generator=generator))
     return maps
 
 
@@ -141,7 +144,7 @@ def test_placing_leaves_a_trained_models_logits_unchanged(name: str, shared: Pat
         assert change(float64_logits(source, tokens[:1, :64], placement, keep_tied=keep_tied), want) <= UNCHANGED
 
 
-@pytest.mark.parametrize("site", [site for site in Site if site is not Site.NORM_OUT])
+@pytest.mark.parametrize("site", Site)
 def test_placing_one_map_alone_leaves_logits_unchanged(site: Site, checkpoint: Callable[..., Path]) -> None:
     source, tokens = Source.open(checkpoint("qwen2")), random_tokens(2, 20)
     maps = {at: map for at, map in random_maps(source.shape).items() if at.site is site}
@@ -172,6 +175,17 @@ def test_queries_and_keys_take_any_orthogonal_map(
     assert change(float64_logits(source, tokens, placement), float64_logits(source, tokens)) <= UNCHANGED
 
 
+def test_a_diagonal_before_down_goes_into_up(checkpoint: Callable[..., Path]) -> None:
+    source, tokens = Source.open(checkpoint("qwen2")), random_tokens(2, 20)
+    scales = torch.rand(source.shape.ffn, generator=torch.Generator().manual_seed(3), dtype=torch.float64) + 0.5
+    maps = {At(Site.MLP_HIDDEN, layer): Diagonal(scales) for layer in range(source.shape.layers)}
+    placement = Placement(source.shape, maps, RESQ.precision, folds=False)
+    layer, plain = placement.layer(source.layer(0), 0), source.layer(0)
+    assert layer.inputs[Point.DOWN_IN].map is None
+    assert torch.equal(layer.linears[Role.UP].weight, plain.linears[Role.UP].weight.double() * scales[:, None])
+    assert change(float64_logits(source, tokens, placement), float64_logits(source, tokens)) <= UNCHANGED
+
+
 def test_maps_that_do_not_commute_with_what_follows_are_refused_by_their_site() -> None:
     shape = Shape(16, 1, 2, 1, 8, 32, 10, 1e-5, Rope((1.0,) * 4), True, 16)
     skewed = Dense(torch.eye(16) + 1, orthogonal=False)
@@ -183,7 +197,7 @@ def test_maps_that_do_not_commute_with_what_follows_are_refused_by_their_site() 
             Placement(shape, {at: map}, RESQ.precision, folds=True)
     for at, map in (
         (At(Site.VALUE, 0), Hadamard(hadamard.plan(8))),
-        (At(Site.NORM_OUT, 0), Permutation(torch.arange(16))),
+        (At(Site.QUERY_KEY, 0), Diagonal(torch.ones(8))),
     ):
         with pytest.raises(InputError, match=f"a {map.kind} map at {at.site} cannot be placed"):
             Placement(shape, {at: map}, RESQ.precision, folds=False)
@@ -260,7 +274,11 @@ def test_inputs_are_rounded_as_the_precision_says(checkpoint: Callable[..., Path
         Point.MLP_IN: [(4, 56), (8, 8)],
         Point.DOWN_IN: [(4, 172)],
     }
-    assert {point for point, format in layer.inputs.items() if format.map is not None} == {Point.O_IN, Point.DOWN_IN}
+    assert {point for point, format in layer.inputs.items() if format.map is not None} == {
+        Point.O_IN,
+        Point.MLP_IN,
+        Point.DOWN_IN,
+    }
     assert [format.groups for format in layer.inputs.values()] == [1, 1, 1, 1]
     heads = layer.heads
     assert (heads.query.bands, heads.query.map_input_bits) == (None, None)

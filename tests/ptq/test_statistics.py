@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor
 
 from resq.backends.reference import dense
 from resq.errors import InputError
+from resq.models import decoder
+from resq.models.architecture import READERS
 from resq.models.source import Source
 from resq.numerics.moments import second_moment
-from resq.ptq.recipe import Moments, Statistic
+from resq.ptq.placement import in_float64
+from resq.ptq.recipe import Moments, Peaks, Statistic
 from resq.ptq.statistics import collect
 
 LENGTH = 24
@@ -29,7 +33,7 @@ def collected(source: Source, tokens: Tensor, needs: frozenset[Statistic] = froz
     return collect(source, dense(torch.float32), tokens, needs, lambda what, done, steps: None)
 
 
-def there(value: Tensor | None) -> Tensor:
+def there(value: Any) -> Any:
     assert value is not None
     return value
 
@@ -81,6 +85,39 @@ def test_moments_are_those_of_the_activations_in_transformers(
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
 
 
+def flat(found: Any) -> list[Tensor]:
+    """Every tensor of a statistic, in order."""
+    if isinstance(found, Peaks):
+        return [*found.inputs.values(), *found.weights.values(), found.key, found.value]
+    return [found] if isinstance(found, Tensor) else [tensor for each in found for tensor in flat(each)]
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3"])
+def test_peaks_are_the_largest_magnitudes_that_the_models_linears_meet(
+    model: str, checkpoint: Callable[..., Path]
+) -> None:
+    source, tokens = Source.open(checkpoint(model)), random_tokens(3)
+    peaks = there(collected(source, tokens, frozenset({Statistic.PEAKS})).peaks)
+    ops, inputs = dense(torch.float64), list[Tensor]()
+
+    def linears(x: Tensor, weights: Sequence[Any], onto: Tensor | None = None) -> list[Tensor]:
+        inputs.append(x.abs().flatten(0, -2).amax(dim=0))
+        return ops.linears(x, weights, onto)
+
+    layers = [in_float64(source.layer(index)) for index in range(source.shape.layers)]
+    caches = [ops.cache(layer.heads) for layer in layers]
+    watched = replace(ops, linears=linears)
+    decoder.forward(watched, source.shape, source.ends(), layers, tokens, caches)
+    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
+        found, (keys, values) = peaks[index], cache.read()
+        for number, (point, roles) in enumerate(READERS.items()):
+            torch.testing.assert_close(found.inputs[point], inputs[4 * index + number], rtol=1e-4, atol=1e-6)
+            columns = torch.stack([layer.linears[role].weight.abs().amax(dim=0) for role in roles]).amax(dim=0)
+            assert torch.equal(found.weights[point], columns)
+        torch.testing.assert_close(found.key, keys.abs().amax(dim=(0, 1, 2)), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.value, values.abs().amax(dim=(0, 2)), rtol=1e-4, atol=1e-6)
+
+
 def test_only_what_is_needed_is_collected(checkpoint: Callable[..., Path]) -> None:
     source, tokens = Source.open(checkpoint()), random_tokens(2)
     every = collected(source, tokens)
@@ -89,7 +126,7 @@ def test_only_what_is_needed_is_collected(checkpoint: Callable[..., Path]) -> No
         for name in Statistic:
             assert (getattr(one, name) is None) == (name != statistic)
         got, want = getattr(one, statistic), getattr(every, statistic)
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(flat(got), flat(want), strict=True))
     assert collected(source, tokens, frozenset()) == Moments(2 * LENGTH)
 
 

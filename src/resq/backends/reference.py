@@ -2,7 +2,8 @@
 
 Each non-integer step is taken in float64 and cast to float32 once, before it is rounded, so that prefill and
 token-by-token decoding agree. `dense(dtype)` runs the same operators without any rounding of activations or of the
-cache: float64 is the invariance test, float32 the calibration forward.
+cache: float64 is the invariance test, float32 the calibration forward. `straight_through()` rounds to the same values
+in floating point and passes gradients through: what rotations are learned with.
 """
 
 from __future__ import annotations
@@ -171,11 +172,11 @@ def packed_store(format: ActivationFormat) -> Store:
     return Store(encode, decode)
 
 
-def plain_store(dtype: torch.dtype) -> Store:
-    """Unrounded (or 16-bit) keys or values."""
+def half_store() -> Store:
+    """Keys or values in float16, clamped to its range."""
 
     def encode(x: Tensor) -> tuple[Tensor, ...]:
-        return (x.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(dtype) if dtype == torch.float16 else x.to(dtype),)
+        return (x.clamp(-FLOAT16_MAX, FLOAT16_MAX).to(torch.float16),)
 
     return Store(encode, lambda parts, compute: parts[0].to(compute))
 
@@ -232,14 +233,34 @@ def visible(t: int, length: int, starts: Tensor | None, window: int | None) -> T
     return allowed | (slot == query)
 
 
-def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: bool) -> Backend:
+def _unrounded(x: Tensor, format: ActivationFormat) -> Tensor:
+    return x
+
+
+def _straight_through(x: Tensor, format: ActivationFormat) -> Tensor:
+    # The value of the rounded tensor, the gradient of the identity.
+    return x + (format.quantize(x.detach()).dequantize(x.dtype) - x).detach()
+
+
+def _operators(
+    name: str,
+    compute: torch.dtype,
+    point: torch.dtype,
+    rounding: Callable[[Tensor, ActivationFormat], Tensor] | None,
+) -> Backend:
+    """rounding: of an activation whose format has bands, in floating point on plain weights; None for integers, in
+    weights and cache too, and for inputs of online maps that are rounded where the format asks for it."""
+    packed = rounding is None
+
+    def simulated(y: Tensor, format: ActivationFormat) -> Tensor:
+        return y.to(point) if format.bands is None or rounding is None else rounding(y.to(point), format)
+
     def finish(y: Tensor, format: ActivationFormat) -> Activations:
-        y = y.to(point)
-        return format.quantize(y) if rounded and format.bands is not None else y
+        return format.quantize(y.to(point)) if packed and format.bands is not None else simulated(y, format)
 
     def norm_quantize(x: Tensor, norm: Norm, format: ActivationFormat) -> Activations:
         y = norm.apply(x.to(compute))
-        return finish(format.project(y.to(point), compute, rounded=rounded), format)
+        return finish(format.project(y.to(point), compute, rounded=packed), format)
 
     def linears(
         x: Activations, weights: Sequence[UnpackedLinear | DenseLinear], onto: Tensor | None = None
@@ -266,9 +287,9 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
         cos, sin = cos.to(compute), sin.to(compute)
         q = rotate(normed(q.to(compute), formats.query_norm), cos, sin).to(point)
         k = rotate(normed(k.to(compute), formats.key_norm), cos, sin).to(point)
-        cache.keys.append(formats.key.project(k, compute, rounded=rounded).to(point))
-        cache.values.append(formats.value.project(v, compute, rounded=rounded).to(point))
-        return formats.query.project(q, compute, rounded=rounded).to(point)
+        cache.keys.append(formats.key.project(k, compute, rounded=packed).to(point))
+        cache.values.append(formats.value.project(v, compute, rounded=packed).to(point))
+        return formats.query.project(q, compute, rounded=packed).to(point)
 
     def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
         k, v = cache.read()
@@ -279,22 +300,22 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
         return out.transpose(1, 2).flatten(-2).to(point)
 
     def gather_quantize(x: Tensor, format: ActivationFormat) -> Activations:
-        return finish(format.project(x, compute, rounded=rounded), format)
+        return finish(format.project(x, compute, rounded=packed), format)
 
     def act_hadamard_quantize(gate: Tensor, up: Tensor, format: ActivationFormat) -> Activations:
         hidden = F.silu(gate.to(compute)) * up.to(compute)
-        return finish(format.project(hidden, compute, rounded=rounded), format)
+        return finish(format.project(hidden, compute, rounded=packed), format)
 
     def store(format: ActivationFormat) -> Store:
-        if not rounded:
-            return plain_store(point)
-        return plain_store(torch.float16) if format.bands is None else packed_store(format)
+        if packed:
+            return half_store() if format.bands is None else packed_store(format)
+        return Store(lambda x: (simulated(x, format),), lambda parts, dtype: parts[0].to(dtype))
 
     def cache(formats: HeadFormats) -> Cache:
         return Cache(store(formats.key), store(formats.value), compute)
 
     def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> UnpackedLinear | DenseLinear:
-        if rounded:
+        if packed:
             return _unpacked(linear)
         return linear.dense(compute) if isinstance(linear, PackedLinear) else linear
 
@@ -313,9 +334,16 @@ def _operators(name: str, compute: torch.dtype, point: torch.dtype, rounded: boo
     )
 
 
-REFERENCE = _operators("reference", torch.float64, torch.float32, rounded=True)
+REFERENCE = _operators("reference", torch.float64, torch.float32, None)
 
 
 def dense(dtype: torch.dtype) -> Backend:
     """The same operators in `dtype` with activations and cache left unrounded."""
-    return _operators(f"dense {str(dtype).removeprefix('torch.')}", dtype, dtype, rounded=False)
+    return _operators(f"dense {str(dtype).removeprefix('torch.')}", dtype, dtype, _unrounded)
+
+
+def straight_through() -> Backend:
+    """The same operators in float32 on plain weights; activations and cache are rounded to the values that the integers
+    stand for, and a gradient passes the rounding unchanged (Bengio et al., arXiv 1308.3432). Inputs of online maps are
+    not rounded."""
+    return _operators("straight-through", torch.float32, torch.float32, _straight_through)

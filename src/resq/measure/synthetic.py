@@ -13,20 +13,19 @@ from torch import Tensor
 
 from resq.backends.backend import Backend, LayerCache
 from resq.models import decoder
-from resq.models.architecture import READERS, Config, Point, Role, Shape, Site, architecture_for
+from resq.models.architecture import Config, Point, Role, Shape, Site, architecture_for
 from resq.models.decoder import Ends, Layer
 from resq.numerics.bands import INT8, Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
-from resq.numerics.maps import Dense, LinearMap, random_orthogonal
+from resq.numerics.maps import Dense, Diagonal, LinearMap
 from resq.numerics.packing import packed_bytes
 from resq.progress import Progress, silent
-from resq.ptq.basis.pca import Pca
-from resq.ptq.placement import Placement
-from resq.ptq.recipe import At, Basis, Moments, Recipe, Setting
+from resq.ptq.placement import INPUT_SITES, Placement
+from resq.ptq.recipe import At, Basis, Moments, Peaks, Recipe, Setting
 
 # Maps at these sites run online; the others vanish in the weights, which are random here.
-ONLINE = frozenset({Site.QUERY_KEY, Site.ATTN_OUT, Site.MLP_HIDDEN})
+ONLINE = frozenset({Site.QUERY_KEY, *INPUT_SITES.values()})
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,13 @@ def synthetic(
     norm = Norm(shape.eps, None if recipe.folds_norms else torch.ones(shape.hidden))
     head_norm = Norm(shape.eps, torch.ones(shape.head_dim))
     norms = {role: head_norm if role in architecture.head_norms else None for role in (Role.Q, Role.K)}
-    points = {role: point for point, roles in READERS.items() for role in roles}
     layers = []
     for index in range(shape.layers):
         progress("building", index, shape.layers)
         linears: dict[Role, Any] = {
             role: random_linear(
                 size,
-                recipe.precision.weight_bands(role, points[role], shape),
+                recipe.precision.weight_bands(index, role, shape),
                 role in architecture.biased,
                 generator,
             )
@@ -117,22 +115,31 @@ def mapped_table(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def online_maps(recipe: Recipe, shape: Shape, seed: int) -> dict[At, LinearMap]:
-    """The recipe's maps at the sites where they run online; PCA's are random rotations of the same size."""
-    moments = Moments(tokens=4 * shape.hidden)
+    """The recipe's maps at the sites where they run online, fitted to random statistics; tuning, which would move their
+    values alone, is left out."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*sizes: int) -> Tensor:
+        return torch.rand(*sizes, generator=generator, dtype=torch.float64) + 0.1
+
+    head, groups = shape.head_dim, shape.kv_heads
+    sizes = {Point.ATTN_IN: shape.hidden, Point.O_IN: shape.heads * head}
+    sizes |= {Point.MLP_IN: shape.hidden, Point.DOWN_IN: shape.ffn}
+    inputs = {point: random(size) for point, size in sizes.items()}
+    moments = Moments(
+        tokens=4 * shape.hidden,
+        value=[torch.diag_embed(random(groups, head)) for _ in range(shape.layers)],
+        key=[torch.diag(random(head)) for _ in range(shape.layers)],
+        peaks=[Peaks(inputs, inputs, random(head), random(groups, head)) for _ in range(shape.layers)],
+    )
     setting = Setting(shape, recipe.precision, seed)
     maps: dict[At, LinearMap] = {}
     for basis in recipe.basis:
-        if isinstance(basis, Pca):
-            if Site.QUERY_KEY in basis.on:
-                for layer in range(shape.layers):
-                    at = At(Site.QUERY_KEY, layer)
-                    maps[at] = Dense(random_orthogonal(shape.head_dim, setting.generator(at)))
-        else:
-            maps |= _without_residual(basis).fit(moments, setting)
-    stored = {at: map for at, map in maps.items() if at.site in ONLINE}
+        maps |= _without_residual(basis).fit(moments, setting)
+    online = {at: map for at, map in maps.items() if at.site in ONLINE and not isinstance(map, Diagonal)}
     return {
         at: replace(map, matrix=map.matrix.to(torch.float32)) if isinstance(map, Dense) else map
-        for at, map in stored.items()
+        for at, map in online.items()
     }
 
 

@@ -50,15 +50,17 @@ class Site(StrEnum):
     """Where a basis may change, and what absorbs the map.
 
     residual: whole model; embed, o, down write it, q, k, v, gate, up, head read it; orthogonal, norms folded first.
-    norm_out: input of q,k,v or gate,up, per layer; online.
+    attn_norm_out, mlp_norm_out: input of q,k,v and of gate,up, per layer; a diagonal goes into the norm's gain, others
+        are online.
     value: each kv head of v (writes) and o's input (reads).
     attn_out: concatenated heads before o; online, o reads.
     query_key: each head of q and k after RoPE; online on both, orthogonal, cancels in q·k.
-    mlp_hidden: input of down; online, down reads.
+    mlp_hidden: input of down; a diagonal goes into up, others are online; down reads.
     """
 
     RESIDUAL = "residual"
-    NORM_OUT = "norm_out"
+    ATTN_NORM_OUT = "attn_norm_out"
+    MLP_NORM_OUT = "mlp_norm_out"
     VALUE = "value"
     ATTN_OUT = "attn_out"
     QUERY_KEY = "query_key"

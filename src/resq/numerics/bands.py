@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from math import nan
 
 from resq.errors import InputError
 
@@ -76,15 +77,16 @@ class Bands:
 
 @dataclass(frozen=True)
 class Layout:
-    """Bit widths by fraction of a dimension; becomes `Bands` at a given size.
+    """Bit widths by fraction of a dimension, or by count; becomes `Bands` at a given size.
 
-    `Layout(4, ((8, Fraction(1, 8)),))`: the last 1/8 in 8 bit, the rest in 4. `low` is the width of the coordinates
-    no other part names. `first` parts come before the low band (the paper's iso-bit mode: the first 1/8 in 2 bit).
+    `Layout(4, ((8, Fraction(1, 8)),))`: the last 1/8 in 8 bit, the rest in 4; `Layout(4, ((8, 16),))`: the last 16
+    coordinates (of each head, where there are heads). `low` is the width of the coordinates no other part names.
+    `first` parts come before the low band (the paper's iso-bit mode: the first 1/8 in 2 bit).
     """
 
     low: int
-    last: tuple[tuple[int, Fraction], ...] = ()
-    first: tuple[tuple[int, Fraction], ...] = ()
+    last: tuple[tuple[int, Fraction | int], ...] = ()
+    first: tuple[tuple[int, Fraction | int], ...] = ()
 
     def bands(self, size: int, multiple: int = 1) -> Bands:
         """Bands of a dimension of `size`; each named part is rounded to the nearest positive multiple of `multiple`.
@@ -92,14 +94,15 @@ class Layout:
         Raises InputError when the parts leave nothing for the low band.
         """
 
-        def count(fraction: Fraction) -> int:
-            return max(1, round(fraction * size / multiple)) * multiple
+        def count(part: Fraction | int) -> int:
+            wanted = part if isinstance(part, int) else part * size
+            return max(1, round(Fraction(wanted, multiple))) * multiple
 
         first = [(bits, count(fraction)) for bits, fraction in self.first]
         last = [(bits, count(fraction)) for bits, fraction in self.last]
         low = size - sum(n for _, n in first + last)
         if low < 1:
-            asked = ", ".join(f"{fraction} in {bits} bit" for bits, fraction in self.parts)
+            asked = ", ".join(f"{part} in {bits} bit" for bits, part in self.parts)
             raise InputError(
                 f"bands {asked} (in multiples of {multiple}) leave {low} of {size} coordinates for the low band; "
                 "it needs at least 1: use smaller fractions"
@@ -107,19 +110,28 @@ class Layout:
         return Bands.of(*first, (self.low, low), *last)
 
     @property
-    def parts(self) -> tuple[tuple[int, Fraction], ...]:
+    def parts(self) -> tuple[tuple[int, Fraction | int], ...]:
         """The named parts; none for uniform precision."""
         return self.first + self.last
 
     @property
     def mean_bits(self) -> float:
-        """Bits of a value on average, by the fractions alone."""
-        return float(self.low + sum((bits - self.low) * fraction for bits, fraction in self.parts))
+        """Bits of a value on average, by the fractions alone; not a number where a part is a count."""
+        if any(isinstance(part, int) for _, part in self.parts):
+            return nan
+        return float(self.low + sum((bits - self.low) * part for bits, part in self.parts))
 
     @property
-    def cut(self) -> tuple[tuple[Fraction, ...], tuple[Fraction, ...]]:
+    def cut(self) -> tuple[tuple[Fraction | int, ...], tuple[Fraction | int, ...]]:
         """Where the dimension is cut, whatever the widths."""
-        return tuple(fraction for _, fraction in self.first), tuple(fraction for _, fraction in self.last)
+        return tuple(part for _, part in self.first), tuple(part for _, part in self.last)
+
+    def with_rank(self, rank: Fraction | int) -> Layout:
+        """The same with another size of the last part, which has 8 bits where there was none; 0 takes it away."""
+        if rank == 0:
+            return Layout(self.low, (), self.first)
+        bits = self.last[-1][0] if self.last else 8
+        return Layout(self.low, (*self.last[:-1], (bits, rank)), self.first)
 
     def with_low(self, bits: int) -> Layout:
         """The same cut with `bits` bits in the low band (the stress setting `--bits 3`)."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.numerics.affine import Quantized, quantize
 from resq.numerics.bands import Bands
-from resq.numerics.maps import LinearMap
+from resq.numerics.maps import OnlineMap
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ActivationFormat:
     map_input_bits: bits of the map's own input, None when it is not rounded (the authors' online U_C rounds it).
     """
 
-    map: LinearMap | None = None
+    map: OnlineMap | None = None
     bands: Bands | None = None
     groups: int = 1
     scale_dtype: torch.dtype = torch.float32

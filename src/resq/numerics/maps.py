@@ -79,6 +79,28 @@ class PerHead:
 
 
 @dataclass(frozen=True)
+class Diagonal:
+    """x' = x · scales, one positive factor per coordinate; scales [n]."""
+
+    scales: Tensor
+    kind: ClassVar[str] = "diagonal"
+    orthogonal: ClassVar[bool] = False
+
+    @property
+    def size(self) -> int:
+        """Coordinates the map acts on."""
+        return self.scales.shape[0]
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x diag(scales), [..., n] in x.dtype."""
+        return x * self.scales.to(x.dtype)
+
+    def dual(self, w: Tensor) -> Tensor:
+        """w diag(1 / scales)."""
+        return w / self.scales.to(w.dtype)
+
+
+@dataclass(frozen=True)
 class Permutation:
     """x'[..., i] = x[..., index[i]]; index int64 [n]."""
 
@@ -131,7 +153,9 @@ class Hadamard:
     dual = apply
 
 
-LinearMap = Dense | PerHead | Permutation | Hadamard
+# What may be applied at run time; a diagonal is always folded into weights or a norm's gain.
+OnlineMap = Dense | PerHead | Permutation | Hadamard
+LinearMap = OnlineMap | Diagonal
 
 
 def as_writer(map: LinearMap, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -144,7 +168,7 @@ def as_reader(map: LinearMap, weight: Tensor) -> Tensor:
     return map.dual(weight)
 
 
-def describe(map: LinearMap) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def describe(map: OnlineMap) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(plain parameters, tensors) from which `restore` rebuilds the map; what a checkpoint stores."""
     match map:
         case Dense():
@@ -161,7 +185,7 @@ def describe(map: LinearMap) -> tuple[dict[str, Any], dict[str, Tensor]]:
             return {"kind": map.kind, "size": map.size, **parameters, "inner": map.inner}, {}
 
 
-def restore(parameters: dict[str, Any], tensors: dict[str, Tensor]) -> LinearMap:
+def restore(parameters: dict[str, Any], tensors: dict[str, Tensor]) -> OnlineMap:
     """The inverse of `describe`. Raises InputError for an unknown kind or tensors of the wrong shape."""
     kind, size = parameters["kind"], parameters["size"]
     if kind == Hadamard.kind:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from resq.backends.backend import Backend
-from resq.backends.reference import dense
+from resq.backends.reference import dense, straight_through
 from resq.checkpoint.files import CheckpointWriter, EndParts, Parts
 from resq.errors import InputError
 from resq.models import decoder
-from resq.models.architecture import READERS, Point, Role, Shape
+from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
-from resq.numerics.bands import INT8
+from resq.numerics.bands import INT8, Bands
 from resq.numerics.formats import HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
 from resq.numerics.moments import MomentSum
 from resq.progress import Progress
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import At, Moments, Precision, Recipe, Setting
+from resq.ptq.recipe import At, Fitted, InputMoments, Moments, Precision, Recipe, Setting, names_of
 from resq.ptq.rounding.nearest import Nearest
 from resq.ptq.statistics import check_finite, collect, in_dtype
 
@@ -55,6 +55,14 @@ class Job:
     keep_tied: bool
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What `quantize` tells: the cost of every linear, and remarks of the tuning for the manifest."""
+
+    linears: list[LinearReport]
+    notes: list[str]
+
+
 def fit_maps(recipe: Recipe, moments: Moments, shape: Shape, seed: int) -> dict[At, LinearMap]:
     """All bases' maps; the recipe has made sure that no site is named twice."""
     setting = Setting(shape, recipe.precision, seed)
@@ -64,25 +72,37 @@ def fit_maps(recipe: Recipe, moments: Moments, shape: Shape, seed: int) -> dict[
     return maps
 
 
-def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progress) -> list[LinearReport]:
+def tuned_maps(source: Source, job: Job, moments: Moments, progress: Progress) -> tuple[dict[At, LinearMap], list[str]]:
+    """The bases' maps after the recipe's tuning, and what it remarks."""
+    maps, notes = fit_maps(job.recipe, moments, source.shape, job.seed), []
+    setting = Setting(source.shape, job.recipe.precision, job.seed)
+    for tuning in job.recipe.tuning:
+        tuned = tuning(Fitted(source, job.recipe, maps, moments, job.tokens, setting), progress)
+        maps, notes = dict(tuned.maps), [*notes, *tuned.notes]
+    return maps, notes
+
+
+def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progress) -> Outcome:
     """Quantize `source` into `writer`'s layers and ends. Two passes, each with one decoder layer in memory.
 
     Raises InputError for tensors or activations that are not finite and for impossible bands.
     """
     ops = dense(torch.float32)
     recipe, shape = job.recipe, source.shape
-    check_sizes(recipe.precision, shape)
+    check_sizes(recipe, shape)
     for basis in recipe.basis:
         basis.check(shape, job.tokens.numel())
     moments = collect(source, ops, job.tokens, recipe.needs, progress)
-    placement = Placement(shape, fit_maps(recipe, moments, shape, job.seed), recipe.precision, recipe.folds_norms)
+    maps, notes = tuned_maps(source, job, moments, progress)
+    placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
 
     placed = placement.ends(source.ends(), keep_tied=job.keep_tied)
     stored = store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied)
     writer.add_ends(_end_names(source), stored)
-    tokens = job.tokens[: job.rounding_windows] if recipe.rounding.needs_moment else job.tokens[:0]
+    tokens = job.tokens[: job.rounding_windows] if recipe.needs_moment else job.tokens[:0]
     # The table as it will be read: already rounded to 16 bit.
     hidden = [stored.embed[window[None]].to(ops.dtype) for window in tokens]
+    exact = [placed.embed[window[None]].to(ops.dtype) for window in tokens] if recipe.corrects else []
     del placed, stored
 
     names = _layer_names(source)
@@ -90,89 +110,114 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     progress("rounding", 0, shape.layers * len(Role))
     for index in range(shape.layers):
         layer = placement.layer(source.layer(index), index)
-        packed = round_layer(ops, shape, layer, recipe, hidden, reports, index, progress)
+        packed = round_layer(shape, layer, recipe, hidden, exact, reports, index, progress)
         parts = Parts({**packed.linears}, {**packed.norms}, {**packed.inputs}, packed.heads, packed.window)
         writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
         del layer, packed, parts
-    return reports
+    return Outcome(reports, notes)
+
+
+class Stream:
+    """State: the calibration windows on their way through one layer; `hidden` is one [1, t, d] per window and moves to
+    the layer's output as the layer's groups are passed."""
+
+    def __init__(self, ops: Backend, shape: Shape, layer: Layer, hidden: list[Tensor]) -> None:
+        self.ops, self.shape, self.layer, self.hidden = ops, shape, in_dtype(layer, ops.dtype), hidden
+        self._heads: list[Tensor] = []
+
+    def input(self, point: Point, window: int) -> Tensor:
+        """What the linears at `point` read, [t, n], once the groups before were passed."""
+        hidden = self.hidden[window]
+        match point:
+            case Point.ATTN_IN:
+                return decoder.attention_input(self.ops, self.layer, hidden)[0]
+            case Point.O_IN:
+                return self._heads[window][0]
+            case Point.MLP_IN:
+                return decoder.mlp_input(self.ops, self.layer, hidden)[0]
+            case Point.DOWN_IN:
+                return decoder.mlp_hidden(self.ops, self.layer, decoder.mlp_input(self.ops, self.layer, hidden))[0]
+
+    def replace(self, role: Role, linear: DenseLinear) -> None:
+        """Run on with another weight."""
+        self.layer.linears[role] = linear
+
+    def advance(self, point: Point) -> None:
+        """Pass the group that reads `point`."""
+        ops, layer = self.ops, self.layer
+        match point:
+            case Point.ATTN_IN:
+                at = Positions.following(self.shape, 0, 1, self.hidden[0].shape[1])
+                for hidden in self.hidden:
+                    x = decoder.attention_input(ops, layer, hidden)
+                    self._heads.append(decoder.attention(ops, self.shape, layer, x, at, ops.cache(layer.heads)))
+            case Point.O_IN:
+                for number, x in enumerate(self._heads):
+                    self.hidden[number] = self.hidden[number] + ops.linear(x, layer.linears[Role.O])
+                self._heads.clear()
+            case Point.DOWN_IN:
+                for number, hidden in enumerate(self.hidden):
+                    x = decoder.mlp_hidden(ops, layer, decoder.mlp_input(ops, layer, hidden))
+                    self.hidden[number] = hidden + ops.linear(x, layer.linears[Role.DOWN])
 
 
 def round_layer(
-    ops: Backend,
     shape: Shape,
     layer: Layer,
     recipe: Recipe,
     hidden: list[Tensor],
+    exact: list[Tensor],
     reports: list[LinearReport],
     index: int,
     progress: Progress,
 ) -> Layer:
     """Round one placed float64 layer, group by group in the order it runs, and move `hidden` (one [1, t, d] per window)
-    to its output.
+    to its output, and `exact` (of the unrounded model, where the rounding corrects) to that of the unrounded layer.
 
-    A group's moment is taken after the groups before it were rounded, with the online maps applied and neither
-    activations nor cache rounded. `hidden` is empty when the rounding needs no moments.
+    A group's moments are taken after the groups before it were rounded, with the online maps applied; activations and
+    cache are rounded where the rounding asks for it. `hidden` is empty when no moments are needed.
     """
-    run = in_dtype(layer, ops.dtype)
     norms = {point: _stored_norm(norm) for point, norm in layer.norms.items()}
     stored = replace(layer, linears=dict(layer.linears), norms=norms, heads=_stored_heads(layer.heads))
-    at = Positions.following(shape, 0, 1, hidden[0].shape[1]) if hidden else None
+    seen = Stream(straight_through() if recipe.sees_rounded else dense(torch.float32), shape, layer, hidden)
+    wanted = Stream(dense(torch.float32), shape, layer, exact) if exact else None
 
-    def round_group(point: Point, moment: Tensor | None) -> None:
-        for role in READERS[point]:
+    for point, roles in READERS.items():
+        moments = input_moments(seen, wanted, point) if hidden else None
+        for role in roles:
             weight, bias = layer.linears[role].weight, layer.linears[role].bias
-            bands = recipe.precision.weight_bands(role, point, shape)
+            bands = recipe.precision.weight_bands(index, role, shape)
             started = time.perf_counter()
+            damping, target = None, weight
             if bands is None:
                 wide = None if bias is None else bias.to(torch.float32)
                 stored.linears[role] = DenseLinear(nearest_16_bit(weight), wide)
-                rounded, damping = stored.linears[role].weight.to(torch.float64), None
+                rounded = stored.linears[role].weight.to(torch.float64)
             else:
-                result = recipe.rounding(weight, moment, bands, bias)
-                stored.linears[role], damping = result.linear, result.damping
+                result = recipe.rounding_of(index, role)(weight, moments, bands, bias)
+                stored.linears[role], damping, target = result.linear, result.damping, result.target
                 rounded = result.linear.dequantize(torch.float64)
-            run.linears[role] = DenseLinear(rounded.to(ops.dtype), None if bias is None else bias.to(ops.dtype))
-            error = relative_error(weight, rounded, moment)
+            kept = None if bias is None else bias.to(seen.ops.dtype)
+            seen.replace(role, DenseLinear(rounded.to(seen.ops.dtype), kept))
+            error = relative_error(target, rounded, None if moments is None else moments.seen)
             reports.append(LinearReport(index, role, error, damping, time.perf_counter() - started))
             progress("rounding", len(reports), shape.layers * len(Role))
-
-    def moment_of(inputs: list[Tensor]) -> Tensor | None:
-        if not inputs:
-            return None
-        total = MomentSum()
-        for x in inputs:
-            total.add(x[0])
-        return total.total()
-
-    def streamed_moment(form: Callable[[int], Tensor]) -> Tensor | None:
-        # A window's number -> its input, made and dropped.
-        if at is None:
-            return None
-        total = MomentSum()
-        for number in range(len(hidden)):
-            total.add(form(number)[0])
-        return total.total()
-
-    round_group(Point.ATTN_IN, streamed_moment(lambda n: decoder.attention_input(ops, run, hidden[n])))
-    heads = []
-    if at is not None:
-        for h in hidden:
-            x = decoder.attention_input(ops, run, h)
-            heads.append(decoder.attention(ops, shape, run, x, at, ops.cache(run.heads)))
-    round_group(Point.O_IN, moment_of(heads))
-    for number, x in enumerate(heads):
-        hidden[number] = hidden[number] + ops.linear(x, run.linears[Role.O])
-    del heads
-    round_group(Point.MLP_IN, streamed_moment(lambda n: decoder.mlp_input(ops, run, hidden[n])))
-
-    def mlp_hidden(number: int) -> Tensor:
-        return decoder.mlp_hidden(ops, run, decoder.mlp_input(ops, run, hidden[number]))
-
-    round_group(Point.DOWN_IN, streamed_moment(mlp_hidden))
-    for number in range(len(hidden)):
-        hidden[number] = hidden[number] + ops.linear(mlp_hidden(number), run.linears[Role.DOWN])
+        for stream in (seen, wanted):
+            if stream is not None and hidden:
+                stream.advance(point)
     check_finite(hidden, index)
     return stored
+
+
+def input_moments(seen: Stream, wanted: Stream | None, point: Point) -> InputMoments:
+    """Sums over the windows of the inputs of the linears at `point`."""
+    total, cross = MomentSum(), MomentSum()
+    for number in range(len(seen.hidden)):
+        x = seen.input(point, number)
+        total.add(x)
+        if wanted is not None:
+            cross.add_moment(x.to(torch.float64).mT @ wanted.input(point, number).to(torch.float64), len(x))
+    return InputMoments(total.total(), None if wanted is None else cross.total())
 
 
 def relative_error(weight: Tensor, rounded: Tensor, moment: Tensor | None) -> float:
@@ -184,23 +229,47 @@ def relative_error(weight: Tensor, rounded: Tensor, moment: Tensor | None) -> fl
     return float(torch.einsum("oi,ij,oj->", difference, moment, difference) / energy.clamp(min=1e-300))
 
 
-def check_sizes(precision: Precision, shape: Shape) -> None:
-    """Raises InputError before any work when some dimension cannot be cut as the recipe asks."""
-    for point, roles in READERS.items():
-        inputs = precision.input_bands(point, shape)
-        for role in roles:
-            weights = precision.weight_bands(role, point, shape)
-            if inputs is None or weights is None:
-                continue
-            outer, inner = ({cut.start for cut in bands.slices()} for bands in (inputs, weights))
-            per_head = precision.output_per_head and point is Point.O_IN
-            if not outer <= inner or (per_head and outer != inner):
-                raise InputError(
-                    f"weights of {role} are cut into {weights.pairs}, its inputs into {inputs.pairs}; integers can be "
-                    f"summed only where weights are cut wherever inputs are{', and nowhere else' if per_head else ''}"
-                )
-    precision.head_bands(precision.key, shape)
-    precision.head_bands(precision.value, shape)
+def check_sizes(recipe: Recipe, shape: Shape) -> None:
+    """Raises InputError before any work when some dimension cannot be cut as the recipe asks, or when an override names
+    nothing."""
+    precision = recipe.precision
+    for override in precision.overrides:
+        if not any(override.names(name) for name in names_of(shape.layers)):
+            raise InputError(
+                f"an override names {override.pattern!r}, which is nothing in a model of {shape.layers} layers; names "
+                "are layers.0.q … with q, k, v, o, gate, up, down, attn_in, o_in, mlp_in, down_in, key or value"
+            )
+    shared = Setting(shape, precision, 0).bands(At(Site.RESIDUAL)) if recipe.folds_norms else None
+    for index in range(shape.layers):
+        for point, roles in READERS.items():
+            inputs = precision.input_bands(index, point, shape)
+            for role in roles:
+                weights = precision.weight_bands(index, role, shape)
+                for what, bands in ((point, inputs), (role, weights)):
+                    # The residual stream's coordinates are in one order for all layers, with rotations in each part.
+                    read = point in (Point.ATTN_IN, Point.MLP_IN)
+                    if read and shared and bands and not starts(bands) <= starts(shared):
+                        raise InputError(
+                            f"layers.{index}.{what} is cut into {bands.pairs}, the residual stream that it shares with "
+                            f"other layers into {shared.pairs}; use the same rank, or none"
+                        )
+                if inputs is None or weights is None:
+                    continue
+                per_head = precision.output_per_head and point is Point.O_IN
+                if not starts(inputs) <= starts(weights) or (per_head and starts(inputs) != starts(weights)):
+                    raise InputError(
+                        f"weights of {role} are cut into {weights.pairs}, its inputs into {inputs.pairs}; integers can "
+                        "be summed only where weights are cut wherever inputs are"
+                        f"{', and nowhere else' if per_head else ''}"
+                    )
+        recipe.check_heads(index)
+        precision.key_bands(index, shape)
+        precision.value_bands(index, shape)
+
+
+def starts(bands: Bands) -> set[int]:
+    """Where a dimension is cut."""
+    return {cut.start for cut in bands.slices()}
 
 
 def store_ends(ends: decoder.Ends, source: Source, precision: Precision, *, keep_tied: bool) -> EndParts:

@@ -15,13 +15,20 @@ from resq.numerics.affine import round_symmetric, symmetric_scale
 from resq.numerics.bands import Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
-from resq.numerics.maps import Dense, LinearMap, PerHead, as_reader, as_writer
+from resq.numerics.maps import Dense, Diagonal, LinearMap, OnlineMap, PerHead, as_reader, as_writer
 from resq.ptq.recipe import At, Precision
 
-# Sites whose maps `Placement` knows how to absorb or apply online.
-_ABSORBED = frozenset({Site.RESIDUAL, Site.VALUE, Site.ATTN_OUT, Site.QUERY_KEY, Site.MLP_HIDDEN})
 # RMSNorm and q·k commute with rotations only.
 _ORTHOGONAL = frozenset({Site.RESIDUAL, Site.QUERY_KEY})
+# Where a diagonal is folded into the norm or the linear before.
+_SCALED = frozenset({Site.ATTN_NORM_OUT, Site.MLP_NORM_OUT, Site.MLP_HIDDEN})
+# The site of each linear's input, per layer.
+INPUT_SITES = {
+    Point.ATTN_IN: Site.ATTN_NORM_OUT,
+    Point.O_IN: Site.ATTN_OUT,
+    Point.MLP_IN: Site.MLP_NORM_OUT,
+    Point.DOWN_IN: Site.MLP_HIDDEN,
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         for at, map in self.maps.items():
-            if at.site not in _ABSORBED or (at.site is Site.VALUE and not isinstance(map, PerHead)):
+            diagonal = isinstance(map, Diagonal) and at.site not in _SCALED
+            if diagonal or (at.site is Site.VALUE and not isinstance(map, PerHead)):
                 raise InputError(f"a {map.kind} map at {at.site} cannot be placed; leave it out of the recipe's basis")
             if at.site in _ORTHOGONAL and not map.orthogonal:
                 raise InputError(f"{at.site} needs an orthogonal map, got a {map.kind} one that is not")
@@ -59,19 +67,27 @@ class Placement:
             linears[Role.V] = DenseLinear(*as_writer(value, v.weight, v.bias))
             queries = value.repeated(self.shape.heads // self.shape.kv_heads)
             linears[Role.O] = DenseLinear(as_reader(queries, o.weight), o.bias)
-        inputs = self.inputs(index)
-        for point, format in inputs.items():
-            if format.map is not None:
+        norms = dict(folded.norms)
+        for point, site in INPUT_SITES.items():
+            map = self.map_at(site, index)
+            if isinstance(map, Diagonal):
+                if point is Point.DOWN_IN:
+                    linears[Role.UP] = DenseLinear(*as_writer(map, linears[Role.UP].weight, linears[Role.UP].bias))
+                else:
+                    norms[point] = scaled_norm(norms[point], map)
+            if map is not None:
                 for role in READERS[point]:
-                    linears[role] = DenseLinear(as_reader(format.map, linears[role].weight), linears[role].bias)
-        return replace(folded, linears=linears, heads=self.heads(index, source.heads), inputs=inputs)
+                    linears[role] = DenseLinear(as_reader(map, linears[role].weight), linears[role].bias)
+        heads = self.heads(index, source.heads)
+        return replace(folded, linears=linears, norms=norms, heads=heads, inputs=self.inputs(index))
 
     def inputs(self, index: int) -> dict[Point, ActivationFormat]:
         """Online maps and bands of the inputs of layer `index`'s linears."""
-        maps = {Point.O_IN: self.map_at(Site.ATTN_OUT, index), Point.DOWN_IN: self.map_at(Site.MLP_HIDDEN, index)}
-        formats = {
-            point: ActivationFormat(maps.get(point), self.precision.input_bands(point, self.shape)) for point in Point
-        }
+        formats = {}
+        for point, site in INPUT_SITES.items():
+            map = self.map_at(site, index)
+            online = None if isinstance(map, Diagonal) else map
+            formats[point] = ActivationFormat(online, self.precision.input_bands(index, point, self.shape))
         if self.precision.output_per_head:
             formats[Point.O_IN] = replace(formats[Point.O_IN], groups=self.shape.heads)
         return formats
@@ -79,19 +95,20 @@ class Placement:
     def heads(self, index: int, source: HeadFormats) -> HeadFormats:
         """Online maps and bands of layer `index`'s queries, keys and values; `source` has their norms."""
         turn = self.map_at(Site.QUERY_KEY, index)
+        assert not isinstance(turn, Diagonal)
         bits = None if turn is None else self.precision.rotation_bits
         if turn is not None and bits is not None:
             matrix = turn.apply(torch.eye(turn.size, dtype=torch.float64))
             turn = Dense(rounded_matrix(matrix.to(torch.float32), bits), orthogonal=False)
 
-        def stored(bands: Bands | None, map: LinearMap | None = None, bits: int | None = None) -> ActivationFormat:
+        def stored(bands: Bands | None, map: OnlineMap | None = None, bits: int | None = None) -> ActivationFormat:
             return ActivationFormat(map, bands, scale_dtype=torch.float16, map_input_bits=bits)
 
         return replace(
             source,
             query=ActivationFormat(turn, map_input_bits=bits),
-            key=stored(self.precision.head_bands(self.precision.key, self.shape), turn, bits),
-            value=stored(self.precision.head_bands(self.precision.value, self.shape)),
+            key=stored(self.precision.key_bands(index, self.shape), turn, bits),
+            value=stored(self.precision.value_bands(index, self.shape)),
         )
 
     def ends(self, source: Ends, *, keep_tied: bool) -> Ends:
@@ -143,6 +160,12 @@ def fold_norms(layer: Layer) -> Layer:
             for role in READERS[point]:
                 linears[role] = DenseLinear(linears[role].weight * norm.gain, linears[role].bias)
     return replace(wide, linears=linears, norms={point: Norm(norm.eps) for point, norm in wide.norms.items()})
+
+
+def scaled_norm(norm: Norm, map: Diagonal) -> Norm:
+    """The norm whose output is already multiplied by the diagonal: gain' = gain · scales, float64."""
+    scales = map.scales.to(torch.float64)
+    return Norm(norm.eps, scales if norm.gain is None else norm.gain.to(torch.float64) * scales)
 
 
 def rounded_matrix(matrix: Tensor, bits: int) -> Tensor:

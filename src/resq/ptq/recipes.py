@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
 from resq.errors import InputError, nearest
 from resq.models.architecture import Site
-from resq.numerics.bands import INT4, INT8
+from resq.numerics.bands import INT4, INT8, Layout
 from resq.ptq.basis.fixed import GatherHeads, hadamard
 from resq.ptq.basis.pca import pca
+from resq.ptq.basis.peaks import SearchStrength, outliers_last, smooth
+from resq.ptq.learning import learn_rotations
 from resq.ptq.recipe import Precision, Recipe
 from resq.ptq.rounding.gptq import Gptq
 from resq.ptq.rounding.nearest import Nearest
@@ -32,6 +35,32 @@ QUAROT = Recipe(
     about="Hadamard rotations everywhere, one width everywhere, GPTQ (arXiv 2404.00456)",
     basis=(hadamard(Site.RESIDUAL, Site.VALUE, Site.ATTN_OUT, Site.QUERY_KEY, Site.MLP_HIDDEN),),
     precision=UNIFORM,
+    rounding=Gptq(),
+)
+
+SPINQUANT = Recipe(
+    name="spinquant",
+    about="rotations of the residual stream and of values learned from random Hadamard ones, GPTQ (arXiv 2405.16406)",
+    basis=(hadamard(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY, Site.MLP_HIDDEN, signed=(Site.RESIDUAL, Site.VALUE)),),
+    precision=UNIFORM,
+    rounding=Gptq(),
+    tuning=(learn_rotations(Site.RESIDUAL, Site.VALUE),),
+)
+
+SMOOTHQUANT_PLUS = Recipe(
+    name="smoothquant+",
+    about="outliers moved from activations into weights, one strength searched on the loss, GPTQ (arXiv 2312.03788)",
+    basis=(smooth(Site.ATTN_NORM_OUT, Site.MLP_NORM_OUT, Site.VALUE, Site.MLP_HIDDEN),),
+    precision=UNIFORM,
+    rounding=Gptq(),
+    tuning=(SearchStrength(),),
+)
+
+QUIK = Recipe(
+    name="quik",
+    about="the 1/8 of the channels with the largest outliers in 8 bit, the rest in 4, GPTQ (arXiv 2310.09259)",
+    basis=(outliers_last(Site.ATTN_NORM_OUT, Site.MLP_NORM_OUT, Site.ATTN_OUT, Site.VALUE, Site.QUERY_KEY),),
+    precision=Precision(),
     rounding=Gptq(),
 )
 
@@ -84,8 +113,39 @@ RESQ_KV = Recipe(
     rounding=Nearest(),
 )
 
+ISO_BIT = Layout(4, last=((6, Fraction(1, 8)),), first=((2, Fraction(1, 8)),))
+
+RESQ_246 = replace(
+    RESQ,
+    name="resq-246",
+    about="resq at exactly 4 bits on average: the least important 1/8 in 2 bit, the top 1/8 in 6",
+    precision=Precision(weights=ISO_BIT, inputs=ISO_BIT, key=ISO_BIT, value=ISO_BIT),
+)
+
+RESQ_LEARNED = replace(
+    RESQ,
+    name="resq-learned",
+    about="resq with the rotations inside each part learned as in spinquant, the subspaces held",
+    tuning=(learn_rotations(Site.RESIDUAL, Site.VALUE),),
+)
+
 RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe for recipe in (RTN, GPTQ, QUAROT, RESQ, RESQ_PAPER, RESQ_W4A8KV4, RESQ_WEIGHT_ONLY, RESQ_KV)
+    recipe.name: recipe
+    for recipe in (
+        RTN,
+        GPTQ,
+        SMOOTHQUANT_PLUS,
+        QUIK,
+        QUAROT,
+        SPINQUANT,
+        RESQ,
+        RESQ_PAPER,
+        RESQ_246,
+        RESQ_LEARNED,
+        RESQ_W4A8KV4,
+        RESQ_WEIGHT_ONLY,
+        RESQ_KV,
+    )
 }
 
 

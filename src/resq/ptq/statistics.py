@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,14 +13,14 @@ from torch.nn import functional as F
 from resq.backends.backend import Backend
 from resq.errors import InputError
 from resq.models import decoder
-from resq.models.architecture import Role
+from resq.models.architecture import READERS, Point, Role
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
 from resq.numerics.linear import DenseLinear
 from resq.numerics.moments import MomentSum
 from resq.progress import Progress
 from resq.ptq.placement import fold_norms
-from resq.ptq.recipe import Moments, Statistic
+from resq.ptq.recipe import Moments, Peaks, Statistic
 
 
 def in_dtype(layer: Layer, dtype: torch.dtype) -> Layer:
@@ -52,8 +53,11 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
     residual: Tensor | None = None
     values: list[Tensor] = []
     keys: list[Tensor] = []
+    peaks: list[Peaks] = []
     for index in range(shape.layers):
-        layer = in_dtype(fold_norms(source.layer(index)), ops.dtype)
+        plain = source.layer(index)
+        layer = in_dtype(fold_norms(plain), ops.dtype)
+        largest = Largest() if Statistic.PEAKS in needs else None
         attn_sum, mlp_sum, value_sum, key_sum = (MomentSum() for _ in range(4))
         for number in range(count):
             x = decoder.attention_input(ops, layer, hidden[number])
@@ -69,7 +73,13 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
                 value_sum.add(values_seen[0])
             if Statistic.KEY in needs:
                 key_sum.add(keys_seen[0].flatten(0, 1))
-            hidden[number] = middle + ops.linear(decoder.mlp_hidden(ops, layer, m), layer.linears[Role.DOWN])
+            inner = decoder.mlp_hidden(ops, layer, m)
+            if largest is not None:
+                largest.add({Point.ATTN_IN: x, Point.O_IN: out, Point.MLP_IN: m, Point.DOWN_IN: inner})
+                largest.add(
+                    {"key": keys_seen[0].transpose(0, 1).flatten(0, 1), "value": values_seen[0].transpose(0, 1)}
+                )
+            hidden[number] = middle + ops.linear(inner, layer.linears[Role.DOWN])
             progress("collecting moments", index * count + number + 1, shape.layers * count)
         check_finite(hidden, index)
         if Statistic.RESIDUAL in needs:
@@ -79,10 +89,40 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
             values.append(value_sum.total())
         if Statistic.KEY in needs:
             keys.append(key_sum.total())
-        del layer
+        if largest is not None:
+            peaks.append(largest.of(plain))
+        del plain, layer
     return Moments(
         tokens.numel(),
         residual,
         values if Statistic.VALUE in needs else None,
         keys if Statistic.KEY in needs else None,
+        peaks if Statistic.PEAKS in needs else None,
     )
+
+
+class Largest:
+    """State: max |x| of every channel over the windows added so far, by name."""
+
+    def __init__(self) -> None:
+        self._largest: dict[Any, Tensor] = {}
+
+    def add(self, seen: Mapping[Any, Tensor]) -> None:
+        """A window's tensors; values are kept apart by head, everything else over all axes but the last."""
+        for name, x in seen.items():
+            heads = 2 if name == "value" else 1
+            peak = x.abs().flatten(0, -1 - heads).amax(dim=0)
+            self._largest[name] = torch.maximum(self._largest[name], peak) if name in self._largest else peak
+
+    def of(self, layer: Layer) -> Peaks:
+        """The peaks of `layer`, whose norms' gains the tensors added did not have."""
+        inputs = {point: self._largest[point].to(torch.float64) for point in Point}
+        for point, norm in layer.norms.items():
+            if norm.gain is not None:
+                inputs[point] *= norm.gain.to(torch.float64).abs()
+        weights = {
+            point: torch.stack([layer.linears[role].weight.abs().amax(dim=0) for role in roles]).amax(dim=0)
+            for point, roles in READERS.items()
+        }
+        wide = {point: peak.to(torch.float64) for point, peak in weights.items()}
+        return Peaks(inputs, wide, *(self._largest[name].to(torch.float64) for name in ("key", "value")))

@@ -16,7 +16,7 @@ from resq.numerics.bands import Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.hadamard import unscaled_factor
 from resq.numerics.linear import DenseLinear, Linear
-from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation
+from resq.numerics.maps import Dense, Hadamard, OnlineMap, PerHead, Permutation
 
 # The order of csrc/kernels.h: Element.
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +62,7 @@ def _wide(matrix: Tensor) -> tuple[Tensor, bool]:
     return (matrix if wide else matrix.to(torch.float32)).contiguous(), wide
 
 
-def _set_map(handle: Any, map: LinearMap) -> tuple[Tensor, ...]:
+def _set_map(handle: Any, map: OnlineMap) -> tuple[Tensor, ...]:
     match map:
         case Permutation():
             index = map.index.to(torch.int32).contiguous()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from resq.models.architecture import Shape, Site
 from resq.numerics import hadamard as transforms
@@ -19,13 +20,14 @@ RANDOM = "random-orthogonal"
 class HadamardBasis:
     """Normalised Hadamard transforms, the same in every layer: outliers spread over all coordinates of a site.
 
-    residual: random signs first, diag(±1) T. query_key: every head's T_h. mlp_hidden: T_F.
+    signed: sites with random signs first, diag(±1) T. query_key: every head's T_h. mlp_hidden: T_F.
     value and attn_out together are one transform of o's input, T_H ⊗ T_h: I ⊗ T_h in v, T_H ⊗ I online. Where H has no
     Hadamard order, one over all H·h coordinates is applied online and v keeps its basis (method.md §3, QuaRot).
     Elsewhere a size without an order takes its transform with a random orthogonal factor.
     """
 
     on: tuple[Site, ...]
+    signed: tuple[Site, ...] = (Site.RESIDUAL,)
     needs = frozenset[Statistic]()
     orders = frozenset[Site]()
 
@@ -36,6 +38,13 @@ class HadamardBasis:
 
     def check(self, shape: Shape, tokens: int) -> None:
         """Always possible."""
+
+    def matrix(self, plan: HadamardPlan, at: At, setting: Setting) -> Tensor:
+        """The transform at one site, float64 [n, n]."""
+        matrix = transforms.matrix(plan)
+        if at.site not in self.signed:
+            return matrix
+        return (torch.randint(2, (plan.size, 1), generator=setting.generator(at)) * 2 - 1) * matrix
 
     def plans(self, shape: Shape) -> dict[Site, HadamardPlan]:
         """The transform at each site; over H coordinates at attn_out where `value` turns each head."""
@@ -56,17 +65,19 @@ class HadamardBasis:
         return plans
 
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
-        """One map for each site, shared by the layers."""
+        """Maps of every site; those of all layers are alike but for signs."""
         shape, maps = setting.shape, dict[At, LinearMap]()
         for site, plan in self.plans(shape).items():
             if site is Site.RESIDUAL:
-                signs = torch.randint(2, (plan.size, 1), generator=setting.generator(At(site))) * 2 - 1
-                maps[At(site)] = Dense(signs * transforms.matrix(plan))
+                maps[At(site)] = Dense(self.matrix(plan, At(site), setting))
                 continue
             if site is Site.VALUE:
-                map: LinearMap = PerHead(transforms.matrix(plan).repeat(shape.kv_heads, 1, 1))
-            elif site is Site.ATTN_OUT:
-                map = Hadamard(plan, inner=shape.heads * shape.head_dim // plan.size)
+                for layer in range(shape.layers):
+                    at = At(site, layer)
+                    maps[at] = PerHead(self.matrix(plan, at, setting).repeat(shape.kv_heads, 1, 1))
+                continue
+            if site is Site.ATTN_OUT:
+                map: LinearMap = Hadamard(plan, inner=shape.heads * shape.head_dim // plan.size)
             else:
                 map = Hadamard(plan)
             maps |= {At(site, layer): map for layer in range(shape.layers)}
@@ -88,13 +99,13 @@ class HadamardBasis:
         return remarks
 
     def __str__(self) -> str:
-        words = ("residual with random signs" if site is Site.RESIDUAL else site for site in self.on)
+        words = (f"{site} with random signs" if site in self.signed else site for site in self.on)
         return f"hadamard({', '.join(words)})"
 
 
-def hadamard(*sites: Site) -> HadamardBasis:
+def hadamard(*sites: Site, signed: tuple[Site, ...] = (Site.RESIDUAL,)) -> HadamardBasis:
     """`hadamard(Site.MLP_HIDDEN)`."""
-    return HadamardBasis(sites)
+    return HadamardBasis(sites, signed)
 
 
 @dataclass(frozen=True)
@@ -109,13 +120,13 @@ class GatherHeads:
         """Always possible."""
 
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
-        """One shared permutation; inside a band heads keep their order and coordinates theirs."""
-        shape = setting.shape
+        """One permutation a layer; inside a band heads keep their order and coordinates theirs."""
+        shape, maps = setting.shape, dict[At, LinearMap]()
         coordinates = torch.arange(shape.heads * shape.head_dim).view(shape.heads, shape.head_dim)
-        bands = setting.bands(Site.ATTN_OUT)
-        index = torch.cat([coordinates[:, cut].flatten() for cut in bands.slices()])
-        map = Permutation(index)
-        return {At(Site.ATTN_OUT, layer): map for layer in range(shape.layers)}
+        for layer in range(shape.layers):
+            at = At(Site.ATTN_OUT, layer)
+            maps[at] = Permutation(torch.cat([coordinates[:, cut].flatten() for cut in setting.bands(at).slices()]))
+        return maps
 
     def notes(self, shape: Shape) -> list[str]:
         """Nothing to remark."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from resq.errors import InputError
 from resq.models.architecture import Shape, Site
+from resq.numerics import hadamard as transforms
 from resq.numerics.bands import Bands
 from resq.numerics.maps import Dense, LinearMap, PerHead, random_orthogonal
 from resq.numerics.moments import eigenbasis
@@ -17,18 +19,53 @@ from resq.ptq.recipe import At, Moments, Setting, Statistic
 _STATISTICS = {Site.RESIDUAL: Statistic.RESIDUAL, Site.VALUE: Statistic.VALUE, Site.QUERY_KEY: Statistic.KEY}
 
 
-def rotated(eigenvectors: Tensor, bands: Bands, generator: torch.Generator) -> Tensor:
-    """P · blkdiag(R_1, …, R_B), float64 [n, n]; R_b Haar-distributed of the band's size."""
-    parts = [
-        eigenvectors[:, cut] @ random_orthogonal(band.size, generator)
-        for band, cut in zip(bands, bands.slices(), strict=True)
-    ]
+# Orders the coordinates of a site: moment [n, n] -> orthogonal [n, n], the most important direction in the last column.
+Pick = Callable[[Tensor, torch.Generator], Tensor]
+# Fills a band's rotation: its size -> orthogonal [n, n].
+Rotation = Callable[[int, torch.Generator], Tensor]
+
+
+def by_variance(moment: Tensor, generator: torch.Generator) -> Tensor:
+    """Eigenvectors, ascending: the subspace of most energy (paper theorem 4.2)."""
+    return eigenbasis(moment)[1]
+
+
+def by_magnitude(moment: Tensor, generator: torch.Generator) -> Tensor:
+    """The coordinates themselves, by their power."""
+    return torch.eye(len(moment), dtype=torch.float64)[:, torch.diagonal(moment).argsort(stable=True)]
+
+
+def at_random(moment: Tensor, generator: torch.Generator) -> Tensor:
+    """A random orthogonal basis: a subspace of average energy."""
+    return random_orthogonal(len(moment), generator)
+
+
+def haar(size: int, generator: torch.Generator) -> Tensor:
+    """A random rotation, uniform over all."""
+    return random_orthogonal(size, generator)
+
+
+def randomised_hadamard(size: int, generator: torch.Generator) -> Tensor:
+    """diag(±1) T with random signs and the normalised transform T of this size."""
+    signs = torch.randint(2, (size, 1), generator=generator) * 2 - 1
+    return signs * transforms.matrix(transforms.plan(size))
+
+
+def none(size: int, generator: torch.Generator) -> Tensor:
+    """No rotation."""
+    return torch.eye(size, dtype=torch.float64)
+
+
+def rotated(vectors: Tensor, bands: Bands, generator: torch.Generator, rotation: Rotation = haar) -> Tensor:
+    """P · blkdiag(R_1, …, R_B), float64 [n, n]; R_b a rotation of the band's size."""
+    parts = [vectors[:, cut] @ rotation(band.size, generator) for band, cut in zip(bands, bands.slices(), strict=True)]
     return torch.cat(parts, dim=1)
 
 
 @dataclass(frozen=True)
 class Pca:
-    """Eigenvectors of the uncentred second moment at each site, rotated inside the bands.
+    """Eigenvectors of the uncentred second moment at each site, rotated inside the bands; ablations `pick` others and
+    use another `rotation`.
 
     residual: one U_A for the model; value: U_B per layer and kv head; query_key: U_C per layer, shared by its heads.
     balance_heads: every kv head's values are scaled band by band so that all heads have the same power in each band.
@@ -38,6 +75,13 @@ class Pca:
 
     on: tuple[Site, ...]
     balance_heads: bool = False
+    pick: Pick = by_variance
+    rotation: Rotation = haar
+
+    def turn(self, moment: Tensor, at: At, setting: Setting, head: int | None = None) -> Tensor:
+        """The orthogonal map [n, n] of one site, or of one head there."""
+        generator = setting.generator(at, head)
+        return rotated(self.pick(moment, generator), setting.bands(at), generator, self.rotation)
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -66,25 +110,21 @@ class Pca:
         if Site.RESIDUAL in self.on:
             at = At(Site.RESIDUAL)
             assert moments.residual is not None
-            vectors = eigenbasis(moments.residual)[1]
-            maps[at] = Dense(rotated(vectors, setting.bands(at.site), setting.generator(at)))
+            maps[at] = Dense(self.turn(moments.residual, at, setting))
         if Site.VALUE in self.on:
             assert moments.value is not None
             for layer, moment in enumerate(moments.value):
                 at = At(Site.VALUE, layer)
-                vectors = eigenbasis(moment)[1]
-                bands = setting.bands(at.site)
-                heads = [rotated(v, bands, setting.generator(at, head)) for head, v in enumerate(vectors)]
-                turns = torch.stack(heads)
+                turns = torch.stack([self.turn(one, at, setting, head) for head, one in enumerate(moment)])
                 scales = None
                 if self.balance_heads:
-                    scales = balancing_scales(moment, turns, setting.bands(Site.ATTN_OUT))
+                    scales = balancing_scales(moment, turns, setting.bands(At(Site.ATTN_OUT, layer)))
                 maps[at] = PerHead(turns, scales)
         if Site.QUERY_KEY in self.on:
             assert moments.key is not None
             for layer, moment in enumerate(moments.key):
                 at = At(Site.QUERY_KEY, layer)
-                maps[at] = Dense(rotated(eigenbasis(moment)[1], setting.bands(at.site), setting.generator(at)))
+                maps[at] = Dense(self.turn(moment, at, setting))
         return maps
 
     def notes(self, shape: Shape) -> list[str]:
@@ -92,7 +132,10 @@ class Pca:
         return []
 
     def __str__(self) -> str:
-        return f"pca({', '.join(self.on)}{', balanced heads' if self.balance_heads else ''})"
+        words = [*self.on, *(["balanced heads"] if self.balance_heads else [])]
+        changed = (self.pick, self.rotation) != (by_variance, haar)
+        words += [f"picked {self.pick.__name__}", f"rotation {self.rotation.__name__}"] if changed else []
+        return f"pca({', '.join(words)})"
 
 
 def balancing_scales(moment: Tensor, turns: Tensor, bands: Bands) -> Tensor:
@@ -110,6 +153,6 @@ def balancing_scales(moment: Tensor, turns: Tensor, bands: Bands) -> Tensor:
     return scales
 
 
-def pca(*sites: Site, balance_heads: bool = False) -> Pca:
+def pca(*sites: Site, balance_heads: bool = False, pick: Pick = by_variance, rotation: Rotation = haar) -> Pca:
     """`pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY)`."""
-    return Pca(sites, balance_heads)
+    return Pca(sites, balance_heads, pick, rotation)

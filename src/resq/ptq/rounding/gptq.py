@@ -12,7 +12,7 @@ from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits
 from resq.numerics.bands import Bands
 from resq.numerics.linear import PackedLinear
-from resq.ptq.recipe import Rounded
+from resq.ptq.recipe import InputMoments, Rounded
 from resq.ptq.rounding.nearest import scales
 
 # Damping is multiplied by this after a failed Cholesky factorization, at most this often (1 % → 1000 %).
@@ -46,23 +46,69 @@ def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
+def corrected(weight: Tensor, moments: InputMoments, damping: float) -> Tensor:
+    """W' minimising Σ ||W' x̂ - W x||² + λ ||W' - W||², float64 [out, in]; λ = damping · mean(diag Σ x̂ x̂^T).
+
+    x̂ is what the rounded model feeds this linear, x what the unrounded one does:
+    W' = W + W (X - X̂)^T X̂ (X̂^T X̂ + λ I)^-1.
+    Rounding W' then minimises the error of the linear's output against the unrounded model's (the objective of GPTAQ,
+    arXiv 2504.02692, solved for real weights first).
+    """
+    assert moments.cross is not None
+    seen = (moments.seen + moments.seen.T) / 2
+    hessian = seen.clone()
+    hessian.diagonal().add_(damping * seen.diagonal().mean().clamp(min=1e-300))
+    return weight + torch.linalg.solve(hessian, (moments.cross - seen) @ weight.T).T
+
+
 @dataclass(frozen=True)
 class Gptq:
-    """Natural column order (low band first, precise columns last), `block` columns at a time, scales from the original
-    weights. Everything in float64."""
+    """Natural column order (low band first, precise columns last), `block` columns at a time, scales from the weights
+    that are rounded. Everything in float64.
+
+    clip_search: the scales'. act_order: inside each band, columns with the largest inputs first. sees_rounded: the
+    Hessian is of inputs with activations and cache rounded. correction: damping of `corrected`, None for none.
+    """
 
     damping: float = 0.01
     block: int = 128
     clip_search: bool = True
+    act_order: bool = False
+    sees_rounded: bool = False
+    correction: float | None = None
     needs_moment: ClassVar[bool] = True
 
-    def __call__(self, weight: Tensor, moment: Tensor | None, bands: Bands, bias: Tensor | None) -> Rounded:
-        """weight float64 [out, in]; moment float64 [in, in]: the sum of x x^T over the linear's calibration inputs."""
-        assert moment is not None
-        scale = scales(weight, bands, clip_search=self.clip_search)
+    @property
+    def corrects(self) -> bool:
+        """Whether weights are corrected for what the rounded model feeds them."""
+        return self.correction is not None
+
+    def __call__(self, weight: Tensor, moments: InputMoments | None, bands: Bands, bias: Tensor | None) -> Rounded:
+        """weight float64 [out, in]; moments float64 [in, in]."""
+        assert moments is not None
+        target = weight.to(torch.float64)
+        if self.correction is not None:
+            target = corrected(target, moments, self.correction)
+        scale = scales(target, bands, clip_search=self.clip_search)
+        order = self.order(moments.seen, bands)
+        moment = moments.seen if order is None else moments.seen[order][:, order]
+        integers, damping = self.integers(target if order is None else target[:, order], moment, scale, bands)
+        if order is not None:
+            integers = integers[:, order.argsort()]
+        return Rounded(PackedLinear.from_integers(integers, scale, bands, bias), target, damping)
+
+    def order(self, moment: Tensor, bands: Bands) -> Tensor | None:
+        """The columns in the order in which they are rounded, int64 [in]; None for the natural one."""
+        if not self.act_order:
+            return None
+        energy = torch.diagonal(moment)
+        return torch.cat([cut.start + energy[cut].argsort(descending=True, stable=True) for cut in bands.slices()])
+
+    def integers(self, weight: Tensor, moment: Tensor, scale: Tensor, bands: Bands) -> tuple[Tensor, float]:
+        """Integers int8 [out, in] and the damping used; weight and moment in the order of rounding."""
         upper, damping = inverse_factor(moment, self.damping)
         # Columns as rows: the inner loop then walks contiguous memory. A copy: the update writes to it.
-        columns = weight.to(torch.float64).T.clone(memory_format=torch.contiguous_format)
+        columns = weight.T.clone(memory_format=torch.contiguous_format)
         columns[torch.diagonal(moment) == 0] = 0.0
         column_scale = torch.empty_like(columns)
         limits = torch.empty(bands.size, 2)
@@ -81,8 +127,10 @@ class Gptq:
                 columns[i:stop] -= upper[i, i:stop, None] * error
                 errors[i - start] = error
             columns[stop:] -= upper[start:stop, stop:].T @ errors
-        return Rounded(PackedLinear.from_integers(integers.T, scale, bands, bias), damping)
+        return integers.T, damping
 
     def __str__(self) -> str:
-        clip = "on" if self.clip_search else "off"
-        return f"gptq, damping {self.damping:g}, block {self.block}, clip search {clip}"
+        words = f"gptq, damping {self.damping:g}, block {self.block}, clip search {'on' if self.clip_search else 'off'}"
+        words += ", act-order inside bands" if self.act_order else ""
+        words += ", Hessians of rounded inputs" if self.sees_rounded else ""
+        return words + ("" if self.correction is None else f", weights corrected with damping {self.correction:g}")
