@@ -7,80 +7,15 @@
 // Helpers that rope.h shares.
 namespace rows {
 
-// ---- vectors of the machine's own width -----------------------------------------------------------------------------
+// ---- vectors --------------------------------------------------------------------------------------------------------
 
-// Unlike the fixed lanes of vec.h: work here is per element, and compilers split wider vectors badly where they shuffle
-// or convert. kRadix is the largest butterfly whose coordinates stay in registers.
-#if defined(__AVX512F__)
-constexpr int kDoubles = 8, kFloats = 16, kRadix = 16;
-#elif defined(__AVX2__)
-constexpr int kDoubles = 4, kFloats = 8, kRadix = 8;
-#elif defined(__aarch64__)
-constexpr int kDoubles = 2, kFloats = 4, kRadix = 16;
+// The largest butterfly whose coordinates stay in registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRadix = 16;
 #else
-constexpr int kDoubles = 2, kFloats = 4, kRadix = 8;
+constexpr int kRadix = 8;
 #endif
-typedef double Doubles __attribute__((vector_size(8 * kDoubles)));
 typedef int64_t Longs __attribute__((vector_size(8 * kDoubles)));
-typedef float Floats __attribute__((vector_size(4 * kFloats)));
-typedef float Singles __attribute__((vector_size(4 * kDoubles)));  // as many float32 as Doubles has lanes
-typedef double Quad __attribute__((vector_size(32)));
-typedef float QuadSingles __attribute__((vector_size(16)));
-
-#if defined(__clang__)
-#define RESQ_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define RESQ_UNROLL _Pragma("GCC unroll 16")
-#endif
-
-RESQ_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-RESQ_INLINE Doubles widen(const float* p) {
-#if defined(__AVX512F__)
-  return (Doubles)_mm512_cvtps_pd(_mm256_loadu_ps(p));
-#elif defined(__AVX2__)
-  return (Doubles)_mm256_cvtps_pd(_mm_loadu_ps(p));
-#elif defined(__SSE2__)
-  return (Doubles)_mm_cvtps_pd(_mm_castpd_ps(_mm_set_sd(load<double>(p))));
-#else
-  return __builtin_convertvector(load<Singles>(p), Doubles);
-#endif
-}
-
-// x in every lane; `Doubles{} + x` would be an addition, because it turns -0 into 0.
-RESQ_INLINE Doubles spread(double x) { return x - Doubles{}; }
-RESQ_INLINE Floats spread(float x) { return x - Floats{}; }
-
-// Write 1, 4 or kDoubles values as they are or rounded to float32.
-RESQ_INLINE void put(double* p, Doubles v) { store(p, v); }
-RESQ_INLINE void put(double* p, double v) { *p = v; }
-RESQ_INLINE void put(float* p, double v) { *p = (float)v; }
-RESQ_INLINE void put(float* p, Doubles v) {
-#if defined(__AVX512F__)
-  _mm256_storeu_ps(p, _mm512_cvtpd_ps((__m512d)v));
-#elif defined(__AVX2__)
-  _mm_storeu_ps(p, _mm256_cvtpd_ps((__m256d)v));
-#elif defined(__SSE2__)
-  store(p, _mm_cvtsd_f64(_mm_castps_pd(_mm_cvtpd_ps((__m128d)v))));
-#else
-  store(p, __builtin_convertvector(v, Singles));
-#endif
-}
-#if defined(__AVX512F__)
-RESQ_INLINE void put(double* p, Quad v) { store(p, v); }
-RESQ_INLINE void put(float* p, Quad v) { store(p, __builtin_convertvector(v, QuadSingles)); }
-#endif
-
-// a · b + c, rounded once where that is as fast as twice.
-RESQ_INLINE Doubles madd(Doubles a, Doubles b, Doubles c) {
-#if defined(__AVX512F__)
-  return (Doubles)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-#elif defined(__AVX2__)
-  return (Doubles)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-#else
-  return a * b + c;
-#endif
-}
 
 // The smaller of |x| and `limit`.
 RESQ_INLINE Doubles magnitude(Doubles x, double limit) {
@@ -94,29 +29,6 @@ RESQ_INLINE Doubles magnitude(Doubles x, double limit) {
   const Doubles high = spread(limit);
   x = x < 0.0 ? -x : x;
   return x < high ? x : high;
-#endif
-}
-
-RESQ_INLINE Floats lesser(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_min_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_min_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (Floats)_mm_min_ps((__m128)a, (__m128)b);
-#else
-  return a < b ? a : b;
-#endif
-}
-RESQ_INLINE Floats greater(Floats a, Floats b) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (Floats)_mm256_max_ps((__m256)a, (__m256)b);
-#elif defined(__SSE2__)
-  return (Floats)_mm_max_ps((__m128)a, (__m128)b);
-#else
-  return a > b ? a : b;
 #endif
 }
 
@@ -200,7 +112,6 @@ RESQ_INLINE void round_block(const float* x, Rounding r, uint8_t* q) {
   _mm_storeu_si128((__m128i*)q, _mm_packus_epi16(_mm_add_epi16(a, zero), _mm_add_epi16(b, zero)));
 #else
   typedef uint8_t Bytes __attribute__((vector_size(kFloats)));
-  typedef int32_t Ints __attribute__((vector_size(4 * kFloats)));
   const Floats big = spread(12582912.0f);  // 1.5 · 2^23: a sum with it has no fraction left
   for (int i = 0; i < 4; i++) {
     const Floats rounded = (greater(v[i], spread(r.least)) + big) - big;
@@ -289,15 +200,15 @@ RESQ_INLINE Quotient tail(Doubles x) {
   const Doubles size = magnitude(x, 700.0);  // e^-700 · x · up is far below the smallest float32
   // The sum's last bits are the integer k + 1023: shifted, they are the exponent of 2^k.
   const Doubles big = spread(6755399441055744.0 + 1023.0);
-  const Doubles t = madd(size, spread(-1.4426950408889634), big);
+  const Doubles t = mul_add(size, spread(-1.4426950408889634), big);
   const Doubles k = t - big;
   const Doubles power = (Doubles)((Longs)t << 52);
   // ln 2 in two parts, the first of 33 bits so that its product with k is exact.
-  Doubles r = madd(k, spread(6.93147180369123816490e-01), size);
-  r = madd(k, spread(1.90821492927058770002e-10), r);
+  Doubles r = mul_add(k, spread(6.93147180369123816490e-01), size);
+  r = mul_add(k, spread(1.90821492927058770002e-10), r);
   const Doubles s = r * r;
-  const Doubles q = madd(madd(s + spread(840.0), s, spread(75600.0)), s, spread(665280.0));
-  const Doubles p = r * madd(madd(s, spread(42.0), spread(10080.0)), s, spread(332640.0));
+  const Doubles q = mul_add(mul_add(s + spread(840.0), s, spread(75600.0)), s, spread(665280.0));
+  const Doubles p = r * mul_add(mul_add(s, spread(42.0), spread(10080.0)), s, spread(332640.0));
   const Doubles above = power * (q - p);
   return {above, q + p + above};
 }
@@ -359,7 +270,7 @@ RESQ_INLINE double inverse_rms(const float* x, int64_t n, double eps) {
     RESQ_UNROLL
     for (int j = 0; j < 32 / kDoubles; j++) {
       const Doubles v = widen(x + i + j * kDoubles);
-      part[j] = madd(v, v, part[j]);
+      part[j] = mul_add(v, v, part[j]);
     }
   }
   double sums[32];
@@ -415,7 +326,7 @@ RESQ_INLINE void product_tile(const double* a, int64_t ai, int64_t al, const B* 
     for (int i = 0; i < M; i++) {
       const Doubles x = spread(a[i * ai + l * al]);
       RESQ_UNROLL
-      for (int j = 0; j < V; j++) sum[i][j] = madd(x, row[j], sum[i][j]);
+      for (int j = 0; j < V; j++) sum[i][j] = mul_add(x, row[j], sum[i][j]);
     }
   }
   RESQ_UNROLL
@@ -521,7 +432,7 @@ static void signed_tile(const double* x, const int64_t* index, int64_t order, do
     RESQ_UNROLL
     for (int m = 0; m < M; m++) {
       const double* from = x + m * order + i;
-      const Doubles three = madd(spread(from[0]), one, madd(spread(from[1]), two, spread(from[2]) * four));
+      const Doubles three = mul_add(spread(from[0]), one, mul_add(spread(from[1]), two, spread(from[2]) * four));
       plus[m] = (__m512d)(three + spread(from[3]));
       minus[m] = (__m512d)(three - spread(from[3]));
     }
@@ -582,18 +493,18 @@ RESQ_INLINE void butterflies(V* v) {
   }
 }
 
-// H over the lanes of a vector: the sum with a neighbour, signs exact in either form of `madd`.
+// H over the lanes of a vector: the sum with a neighbour, signs exact in either form of `mul_add`.
 RESQ_INLINE Doubles lane_butterflies(Doubles v) {
 #if defined(__AVX512F__)
   const Doubles one = {1, -1, 1, -1, 1, -1, 1, -1}, two = {1, 1, -1, -1, 1, 1, -1, -1};
   const Doubles four = {1, 1, 1, 1, -1, -1, -1, -1};
-  v = madd(v, one, (Doubles)_mm512_permute_pd((__m512d)v, 0x55));
-  v = madd(v, two, (Doubles)_mm512_permutex_pd((__m512d)v, 0x4E));
-  return madd(v, four, (Doubles)_mm512_shuffle_f64x2((__m512d)v, (__m512d)v, 0x4E));
+  v = mul_add(v, one, (Doubles)_mm512_permute_pd((__m512d)v, 0x55));
+  v = mul_add(v, two, (Doubles)_mm512_permutex_pd((__m512d)v, 0x4E));
+  return mul_add(v, four, (Doubles)_mm512_shuffle_f64x2((__m512d)v, (__m512d)v, 0x4E));
 #elif defined(__AVX2__)
   const Doubles one = {1, -1, 1, -1}, two = {1, 1, -1, -1};
-  v = madd(v, one, (Doubles)_mm256_permute_pd((__m256d)v, 0x5));
-  return madd(v, two, (Doubles)_mm256_permute4x64_pd((__m256d)v, 0x4E));
+  v = mul_add(v, one, (Doubles)_mm256_permute_pd((__m256d)v, 0x5));
+  return mul_add(v, two, (Doubles)_mm256_permute4x64_pd((__m256d)v, 0x4E));
 #else
   return Doubles{v[0] + v[1], v[0] - v[1]};
 #endif
@@ -782,8 +693,8 @@ RESQ_INLINE Input map_input(const Format& format, Input in, int64_t n, const Pro
   return {nullptr, nullptr, s.q, (double)scale, (double)zero};
 }
 
-// ActivationFormat.project: `count` rows x [n], or SiLU(x) · up where up is given -> y float32. For a dense map, more rows
-// at a time read its matrix less often.
+// ActivationFormat.project: `count` rows x [n], or SiLU(x) · up where up is given -> y float32. For a dense map, more
+// rows at a time read its matrix less often.
 static void project(const Format& format, const float* x, int64_t ldx, const float* up, int64_t ldup, int64_t count,
                     int64_t n, float* y, int64_t ldy, const ProjectScratch& s) {
   const Map& map = format.map;
@@ -857,7 +768,7 @@ static void activate(const ActivationCall& call, int64_t begin, int64_t end, voi
   const int64_t n = call.n, together = activation_rows(call), ranges = format.bands * format.groups;
   const bool silu = call.source == Source::silu_mul;
   for (int64_t row = begin; row < end; row += together) {
-    const int64_t count = rows::smaller(together, end - row);
+    const int64_t count = smaller(together, end - row);
     const float* y = call.x + row * call.ldx;
     int64_t ldy = call.ldx;
     if (call.source == Source::norm) {

@@ -32,60 +32,28 @@ constexpr float kNothing = -3.0e38f;
 // kRows x kVectors native vectors are the accumulators of a product: they, kVectors operands and a broadcast fill the
 // registers.
 constexpr int kRows = 6;
-#if defined(__AVX512F__)
-constexpr int kLanes = 16, kVectors = 4;
-#elif defined(__AVX2__)
-constexpr int kLanes = 8, kVectors = 2;
-#elif defined(__aarch64__)
-constexpr int kLanes = 4, kVectors = 4;
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kVectors = 4;
 #else
-constexpr int kLanes = 4, kVectors = 2;
+constexpr int kVectors = 2;
 #endif
-typedef float W __attribute__((vector_size(4 * kLanes)));
-typedef int32_t I __attribute__((vector_size(4 * kLanes)));
-typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 
-RESQ_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-RESQ_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-RESQ_INLINE int64_t over(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// ---- vectors --------------------------------------------------------------------------------------------------------
 
-// ---- native vectors -------------------------------------------------------------------------------------------------
-
-// x - 0 is x for every x and so no instruction; 0 + x would turn -0 into 0.
-RESQ_INLINE W spread(float x) { return x - W{}; }
-RESQ_INLINE I spread(int32_t x) { return x - I{}; }
-RESQ_INLINE W number(U x) { return __builtin_convertvector((I)x, W); }
-RESQ_INLINE I lane_index() {
-  I lane;
-  for (int i = 0; i < kLanes; i++) lane[i] = i;
+RESQ_INLINE Floats number(Words x) { return __builtin_convertvector((Ints)x, Floats); }
+RESQ_INLINE Ints lane_index() {
+  Ints lane;
+  for (int i = 0; i < kFloats; i++) lane[i] = i;
   return lane;
 }
 
-RESQ_INLINE W multiply_add(W a, W b, W c) {
-#if defined(__AVX512F__)
-  return (W)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__)
-  return (W)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
-RESQ_INLINE W larger(W a, W b) {
-#if defined(__AVX512F__)
-  return (W)_mm512_max_ps((__m512)a, (__m512)b);
-#elif defined(__AVX2__)
-  return (W)_mm256_max_ps((__m256)a, (__m256)b);
-#else
-  return a > b ? a : b;
-#endif
-}
-RESQ_INLINE float largest(W v) {
+RESQ_INLINE float largest(Floats v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float x[kLanes];
+  float x[kFloats];
   store(x, v);
-  for (int step = kLanes / 2; step; step /= 2)
+  for (int step = kFloats / 2; step; step /= 2)
     for (int i = 0; i < step; i++) x[i] = x[i] > x[i + step] ? x[i] : x[i + step];
   return x[0];
 #endif
@@ -93,34 +61,34 @@ RESQ_INLINE float largest(W v) {
 
 // 2^x for x <= 0 within 1.2 ulp, exactly 1 at 0, exactly 0 below -126 (so that the exponent field never underflows).
 // The polynomial is the minimax one of relative error on [-1/2, 1/2] among those with constant term 1.
-RESQ_INLINE W power_of_two(W x) {
-  const W big = spread(12582912.0f);  // 1.5 · 2^23: the sum's low bits are the nearest integer
-  const W shifted = x + big;
-  const W f = x - (shifted - big);
-  W y = multiply_add(f, spread(0.00015353361959569156f), spread(0.0013398873852565885f));
-  y = multiply_add(y, f, spread(0.00961843691766262f));
-  y = multiply_add(y, f, spread(0.055503323674201965f));
-  y = multiply_add(y, f, spread(0.24022647738456726f));
-  y = multiply_add(y, f, spread(0.6931471824645996f));
-  y = multiply_add(y, f, spread(1.0f));
-  const U exponent = (U)shifted << 23;
+RESQ_INLINE Floats power_of_two(Floats x) {
+  const Floats big = spread(12582912.0f);  // 1.5 · 2^23: the sum's low bits are the nearest integer
+  const Floats shifted = x + big;
+  const Floats f = x - (shifted - big);
+  Floats y = mul_add(f, spread(0.00015353361959569156f), spread(0.0013398873852565885f));
+  y = mul_add(y, f, spread(0.00961843691766262f));
+  y = mul_add(y, f, spread(0.055503323674201965f));
+  y = mul_add(y, f, spread(0.24022647738456726f));
+  y = mul_add(y, f, spread(0.6931471824645996f));
+  y = mul_add(y, f, spread(1.0f));
+  const Words exponent = (Words)shifted << 23;
 #if defined(__AVX512F__)
-  return (W)_mm512_maskz_add_epi32(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ), (__m512i)y,
+  return (Floats)_mm512_maskz_add_epi32(_mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ), (__m512i)y,
                                    (__m512i)exponent);
 #else
-  return (W)(((U)y + exponent) & (U)(x >= spread(-126.0f)));
+  return (Floats)(((Words)y + exponent) & (Words)(x >= spread(-126.0f)));
 #endif
 }
 
 // Four bytes at each of base + offset.
-RESQ_INLINE U gather(const uint8_t* base, I offset) {
+RESQ_INLINE Words gather(const uint8_t* base, Ints offset) {
 #if defined(__AVX512F__)
-  return (U)_mm512_i32gather_epi32((__m512i)offset, base, 1);
+  return (Words)_mm512_i32gather_epi32((__m512i)offset, base, 1);
 #elif defined(__AVX2__)
-  return (U)_mm256_i32gather_epi32((const int*)base, (__m256i)offset, 1);
+  return (Words)_mm256_i32gather_epi32((const int*)base, (__m256i)offset, 1);
 #else
-  U x;
-  for (int i = 0; i < kLanes; i++) {
+  Words x;
+  for (int i = 0; i < kFloats; i++) {
     uint32_t word;
     __builtin_memcpy(&word, base + offset[i], 4);
     x[i] = word;
@@ -128,40 +96,40 @@ RESQ_INLINE U gather(const uint8_t* base, I offset) {
   return x;
 #endif
 }
-// kLanes bytes as integers.
-RESQ_INLINE U bytes(const uint8_t* p) {
+// kFloats bytes as integers.
+RESQ_INLINE Words bytes(const uint8_t* p) {
 #if defined(__AVX512F__)
-  return (U)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
-  return (U)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+  return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
 #else
-  typedef uint8_t B __attribute__((vector_size(kLanes)));
-  return __builtin_convertvector(load<B>(p), U);
+  typedef uint8_t B __attribute__((vector_size(kFloats)));
+  return __builtin_convertvector(load<B>(p), Words);
 #endif
 }
 // The finite float16 in the low 16 bits of each lane; the upper bits must be zero.
-RESQ_INLINE W half(U x) {
+RESQ_INLINE Floats half(Words x) {
 #if defined(__AVX512F__)
-  return (W)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
+  return (Floats)_mm512_cvtph_ps(_mm512_cvtepi32_epi16((__m512i)x));
 #else
   // Its bits moved to those of float32 are the magnitude · 2^-112, subnormals included.
-  const W magnitude = (W)((x & 0x7FFFu) << 13) * 5.192296858534828e33f;
-  return (W)((U)magnitude | (x & 0x8000u) << 16);
+  const Floats magnitude = (Floats)((x & 0x7FFFu) << 13) * 5.192296858534828e33f;
+  return (Floats)((Words)magnitude | (x & 0x8000u) << 16);
 #endif
 }
-// kLanes float16.
-RESQ_INLINE W halves(const uint8_t* p) {
+// kFloats float16.
+RESQ_INLINE Floats half_row(const uint8_t* p) {
 #if defined(__AVX512F__)
-  return (W)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #else
-  typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
-  return half(__builtin_convertvector(load<H>(p), U));
+  typedef uint16_t H __attribute__((vector_size(2 * kFloats)));
+  return half(__builtin_convertvector(load<H>(p), Words));
 #endif
 }
 // Bits 0 … 3 of each lane as a number.
-RESQ_INLINE W nibble(U x) {
+RESQ_INLINE Floats nibble(Words x) {
 #if defined(__AVX512F__)
-  return (W)_mm512_permutexvar_ps((__m512i)x, (__m512)__builtin_convertvector(lane_index(), W));
+  return (Floats)_mm512_permutexvar_ps((__m512i)x, (__m512)__builtin_convertvector(lane_index(), Floats));
 #else
   return number(x & 15u);
 #endif
@@ -169,23 +137,23 @@ RESQ_INLINE W nibble(U x) {
 // scale · nibble + shift for one scale and shift: AVX-512 looks all 16 results up.
 struct Nibbles {
 #if defined(__AVX512F__)
-  W table;
+  Floats table;
 #else
-  W scale, shift;
+  Floats scale, shift;
 #endif
 };
-RESQ_INLINE Nibbles nibbles(W scale, W shift) {
+RESQ_INLINE Nibbles nibbles(Floats scale, Floats shift) {
 #if defined(__AVX512F__)
-  return {multiply_add(__builtin_convertvector(lane_index(), W), scale, shift)};
+  return {mul_add(__builtin_convertvector(lane_index(), Floats), scale, shift)};
 #else
   return {scale, shift};
 #endif
 }
-RESQ_INLINE W look_up(const Nibbles& of, U x) {
+RESQ_INLINE Floats look_up(const Nibbles& of, Words x) {
 #if defined(__AVX512F__)
-  return (W)_mm512_permutexvar_ps((__m512i)x, (__m512)of.table);
+  return (Floats)_mm512_permutexvar_ps((__m512i)x, (__m512)of.table);
 #else
-  return multiply_add(nibble(x), of.scale, of.shift);
+  return mul_add(nibble(x), of.scale, of.shift);
 #endif
 }
 
@@ -215,9 +183,9 @@ RESQ_INLINE Record record_of(const Format& format) {
 }
 
 // Byte offset of the slot of each lane; lanes outside [begin, end) repeat a slot inside, so that they are finite.
-RESQ_INLINE I lane_offsets(const Slots& slots, int64_t first, int64_t record) {
-  const I begin = spread((int32_t)slots.begin), last = spread((int32_t)slots.end - 1);
-  I slot = lane_index() + (int32_t)first;
+RESQ_INLINE Ints lane_offsets(const Slots& slots, int64_t first, int64_t record) {
+  const Ints begin = spread((int32_t)slots.begin), last = spread((int32_t)slots.end - 1);
+  Ints slot = lane_index() + (int32_t)first;
   slot = slot < begin ? begin : slot;
   slot = slot > last ? last : slot;
   return slot * (int32_t)record;
@@ -225,16 +193,16 @@ RESQ_INLINE I lane_offsets(const Slots& slots, int64_t first, int64_t record) {
 
 // scale · (q - zero) = scale · q + shift; with float16 scales every product and sum here is exact.
 struct Range {
-  W scale, shift;
+  Floats scale, shift;
 };
 // The range of a band in the slots of each lane. A word of four bytes is read where it lies inside the record: at least
 // a byte of integers comes before the scales and a zero point after them.
-RESQ_INLINE Range ranges(const uint8_t* data, I offset, const Format& format, const Record& at, int band) {
+RESQ_INLINE Range ranges(const uint8_t* data, Ints offset, const Format& format, const Record& at, int band) {
   Range range;
   if (format.half_scale)
     range.scale = half(gather(data + at.scale + 2 * band - 1, offset) >> 8 & 0xFFFFu);
   else
-    range.scale = (W)gather(data + at.scale + 4 * band, offset);
+    range.scale = (Floats)gather(data + at.scale + 4 * band, offset);
   range.shift = -(range.scale * number(gather(data + at.zero + band - 3, offset) >> 24));
   return range;
 }
@@ -243,12 +211,12 @@ RESQ_INLINE Range ranges(const uint8_t* data, I offset, const Format& format, co
 static void unpack_keys(const Store& keys, const Slots& slots, int64_t h, float* out) {
   const Format& format = *keys.format;
   const Record at = record_of(format);
-  for (int64_t first = slots.begin / kLanes * kLanes; first < slots.end; first += kLanes) {
-    const I offset = lane_offsets(slots, first, keys.record);
+  for (int64_t first = slots.begin / kFloats * kFloats; first < slots.end; first += kFloats) {
+    const Ints offset = lane_offsets(slots, first, keys.record);
     float* column = out + first;
     if (!format.bands)
       for (int64_t d = 0; d < h; d += 2) {
-        const U word = gather(slots.data + 2 * d, offset);
+        const Words word = gather(slots.data + 2 * d, offset);
         store(column + d * kBlock, half(word & 0xFFFFu));
         store(column + (d + 1) * kBlock, half(word >> 16));
       }
@@ -258,10 +226,10 @@ static void unpack_keys(const Store& keys, const Slots& slots, int64_t h, float*
       const Range range = ranges(slots.data, offset, format, at, b);
       float* low = column + band.begin * kBlock;
       const int64_t count = stored_bytes(band);
-      const auto put = [&](float* to, W x) { store(to, multiply_add(x, range.scale, range.shift)); };
+      const auto put = [&](float* to, Floats x) { store(to, mul_add(x, range.scale, range.shift)); };
       if (band.bits > 4) {
         for (int64_t j = 0; j < count; j += 4) {
-          const U word = gather(data + j, offset);
+          const Words word = gather(data + j, offset);
           for (int k = 0; k < 4 && j + k < count; k++) put(low + (j + k) * kBlock, number(word >> 8 * k & 255u));
         }
         continue;
@@ -269,7 +237,7 @@ static void unpack_keys(const Store& keys, const Slots& slots, int64_t h, float*
       float* high = low + count * kBlock;
       const int64_t high_count = band.size - count;
       for (int64_t j = 0; j < count; j += 4) {
-        const U word = gather(data + j, offset);
+        const Words word = gather(data + j, offset);
         if (j + 4 <= high_count) {
 #pragma GCC unroll 4
           for (int k = 0; k < 4; k++) {
@@ -289,14 +257,14 @@ static void unpack_keys(const Store& keys, const Slots& slots, int64_t h, float*
 
 // `size` bytes of a record for reading in whole vectors, up to kOver bytes beyond the end: where they lie, or in `copy`
 // where that would run over the last written record.
-constexpr int64_t kOver = 2 * kLanes;
+constexpr int64_t kOver = 2 * kFloats;
 RESQ_INLINE const uint8_t* readable(const uint8_t* data, int64_t size, bool last, uint8_t* copy) {
   if (!last) return data;
   __builtin_memcpy(copy, data, (size_t)size);
   return copy;
 }
 
-// Values to out [kBlock][stride], stride >= h + kLanes. Each vector may run over the end of its band, into the next
+// Values to out [kBlock][stride], stride >= h + kFloats. Each vector may run over the end of its band, into the next
 // ones, which are written after it, or into the end of the row, which is never read.
 static void unpack_values(const Store& values, const Slots& slots, int64_t h, int64_t stride, uint8_t* copy,
                           float* out) {
@@ -308,13 +276,13 @@ static void unpack_values(const Store& values, const Slots& slots, int64_t h, in
   if (!format.bands)
     for (int64_t s = begin; s < end; s++) {
       const uint8_t* p = readable(slots.data + s * record, 2 * h, s >= last, copy);
-      for (int64_t d = 0; d < h; d += kLanes) store(out + s * stride + d, halves(p + 2 * d));
+      for (int64_t d = 0; d < h; d += kFloats) store(out + s * stride + d, half_row(p + 2 * d));
     }
   for (int b = 0; b < format.bands; b++) {
     const Band band = format.band[b];
     const int64_t count = stored_bytes(band);
     float scale[kBlock], shift[kBlock];
-    for (int64_t first = begin / kLanes * kLanes; first < end; first += kLanes) {
+    for (int64_t first = begin / kFloats * kFloats; first < end; first += kFloats) {
       const Range range = ranges(slots.data, lane_offsets(slots, first, record), format, at, b);
       store(scale + first, range.scale);
       store(shift + first, range.shift);
@@ -324,14 +292,14 @@ static void unpack_values(const Store& values, const Slots& slots, int64_t h, in
       const uint8_t* p = readable(data + s * record, count, s >= last, copy);
       float* row = out + s * stride + band.begin;
       if (band.bits > 4) {
-        for (int64_t j = 0; j < count; j += kLanes)
-          store(row + j, multiply_add(number(bytes(p + j)), spread(scale[s]), spread(shift[s])));
+        for (int64_t j = 0; j < count; j += kFloats)
+          store(row + j, mul_add(number(bytes(p + j)), spread(scale[s]), spread(shift[s])));
         continue;
       }
       const Nibbles of = nibbles(spread(scale[s]), spread(shift[s]));
       // Downwards: the low nibbles' last vector ends among the high ones, before those are written.
-      for (int64_t j = (count - 1) / kLanes * kLanes; j >= 0; j -= kLanes) {
-        const U word = bytes(p + j);
+      for (int64_t j = (count - 1) / kFloats * kFloats; j >= 0; j -= kFloats) {
+        const Words word = bytes(p + j);
         store(row + j, look_up(of, word));
         store(row + count + j, look_up(of, word >> 4));
       }
@@ -346,24 +314,24 @@ struct Dot {
   template <int R, int N>
   static RESQ_APART void run(const float* const* q, const float* k, int64_t h, float factor, float* scores) {
     const float* row[R];
-    W sum[R][N] = {};
+    Floats sum[R][N] = {};
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) row[r] = q[r];
     for (int64_t d = 0; d < h; d++, k += kBlock) {
-      W key[N];
+      Floats key[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) key[n] = load<W>(k + n * kLanes);
+      for (int n = 0; n < N; n++) key[n] = load<Floats>(k + n * kFloats);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const W x = spread(row[r][d]);
+        const Floats x = spread(row[r][d]);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) sum[r][n] = multiply_add(x, key[n], sum[r][n]);
+        for (int n = 0; n < N; n++) sum[r][n] = mul_add(x, key[n], sum[r][n]);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) store(scores + r * kBlock + n * kLanes, sum[r][n] * spread(factor));
+      for (int n = 0; n < N; n++) store(scores + r * kBlock + n * kFloats, sum[r][n] * spread(factor));
   }
 };
 
@@ -372,26 +340,26 @@ struct Weigh {
   template <int R, int N>
   static RESQ_APART void run(const float* p, const float* v, int64_t stride, int64_t slots, const float* alpha,
                              float* acc, int64_t hp) {
-    W sum[R][N];
+    Floats sum[R][N];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) sum[r][n] = load<W>(acc + r * hp + n * kLanes) * spread(alpha[r]);
+      for (int n = 0; n < N; n++) sum[r][n] = load<Floats>(acc + r * hp + n * kFloats) * spread(alpha[r]);
     for (int64_t s = 0; s < slots; s++, p++, v += stride) {
-      W value[N];
+      Floats value[N];
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) value[n] = load<W>(v + n * kLanes);
+      for (int n = 0; n < N; n++) value[n] = load<Floats>(v + n * kFloats);
 #pragma GCC unroll 8
       for (int r = 0; r < R; r++) {
-        const W x = spread(p[r * kBlock]);
+        const Floats x = spread(p[r * kBlock]);
 #pragma GCC unroll 8
-        for (int n = 0; n < N; n++) sum[r][n] = multiply_add(x, value[n], sum[r][n]);
+        for (int n = 0; n < N; n++) sum[r][n] = mul_add(x, value[n], sum[r][n]);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-      for (int n = 0; n < N; n++) store(acc + r * hp + n * kLanes, sum[r][n]);
+      for (int n = 0; n < N; n++) store(acc + r * hp + n * kFloats, sum[r][n]);
   }
 };
 
@@ -429,40 +397,40 @@ struct State {
 // does not see the slot; peak and sums [rows][16] take the block in, alpha [rows] is 2^(old - new peak).
 RESQ_INLINE void exponentials(int64_t rows, int first, int end, const int64_t* low, const int64_t* high, int64_t begin,
                               float* scores, float* peak, float* sums, float* alpha) {
-  constexpr int kParts = 16 / kLanes;
+  constexpr int kParts = 16 / kFloats;
   float drop[16] = {};
   for (int64_t r = 0; r < rows; r++) {
     float* row = scores + r * kBlock;
     const int64_t from = low[r] - begin, to = high[r] - begin;
-    const bool whole = from <= first * kLanes && to >= end * kLanes;
-    W top = spread(kNothing);
+    const bool whole = from <= first * kFloats && to >= end * kFloats;
+    Floats top = spread(kNothing);
     for (int n = first; n < end; n++) {
-      W x = load<W>(row + n * kLanes);
+      Floats x = load<Floats>(row + n * kFloats);
       if (!whole) {
-        const I slot = lane_index() + n * kLanes;
-        const I seen = (slot >= (int32_t)most(from, 0)) & (slot < (int32_t)least(most(to, 0), kBlock));
+        const Ints slot = lane_index() + n * kFloats;
+        const Ints seen = (slot >= (int32_t)larger(from, 0)) & (slot < (int32_t)smaller(larger(to, 0), kBlock));
         x = seen ? x : spread(-__builtin_inff());
-        store(row + n * kLanes, x);
+        store(row + n * kFloats, x);
       }
-      top = larger(top, x);
+      top = greater(top, x);
     }
     const float old = peak[r], block = largest(top);
     peak[r] = block > old ? block : old;
     drop[r] = old - peak[r];
   }
   float scale[16];
-  for (int n = 0; n < kParts; n++) store(scale + n * kLanes, power_of_two(load<W>(drop + n * kLanes)));
+  for (int n = 0; n < kParts; n++) store(scale + n * kFloats, power_of_two(load<Floats>(drop + n * kFloats)));
   for (int64_t r = 0; r < rows; r++) {
     float* row = scores + r * kBlock;
-    W sum[kParts];
+    Floats sum[kParts];
     alpha[r] = scale[r];
-    for (int n = 0; n < kParts; n++) sum[n] = load<W>(sums + r * 16 + n * kLanes) * spread(scale[r]);
+    for (int n = 0; n < kParts; n++) sum[n] = load<Floats>(sums + r * 16 + n * kFloats) * spread(scale[r]);
     for (int n = first; n < end; n++) {
-      const W p = power_of_two(load<W>(row + n * kLanes) - spread(peak[r]));
-      store(row + n * kLanes, p);
+      const Floats p = power_of_two(load<Floats>(row + n * kFloats) - spread(peak[r]));
+      store(row + n * kFloats, p);
       sum[n % kParts] += p;
     }
-    for (int n = 0; n < kParts; n++) store(sums + r * 16 + n * kLanes, sum[n]);
+    for (int n = 0; n < kParts; n++) store(sums + r * 16 + n * kFloats, sum[n]);
   }
 }
 
@@ -470,16 +438,16 @@ RESQ_INLINE void exponentials(int64_t rows, int first, int end, const int64_t* l
 static void join(State state, State more, int64_t rows, int64_t hp) {
   for (int64_t r = 0; r < rows; r++) {
     const float top = state.peak[r] > more.peak[r] ? state.peak[r] : more.peak[r];
-    W drop = {};
+    Floats drop = {};
     drop[0] = state.peak[r] - top;
     drop[1] = more.peak[r] - top;
-    const W scale = power_of_two(drop);
+    const Floats scale = power_of_two(drop);
     const float a = scale[0], b = scale[1];
     state.peak[r] = top;
     state.sum[r] = state.sum[r] * a + more.sum[r] * b;
-    for (int64_t d = 0; d < hp; d += kLanes)
-      store(state.acc + r * hp + d, multiply_add(load<W>(state.acc + r * hp + d), spread(a),
-                                                 load<W>(more.acc + r * hp + d) * spread(b)));
+    for (int64_t d = 0; d < hp; d += kFloats)
+      store(state.acc + r * hp + d, mul_add(load<Floats>(state.acc + r * hp + d), spread(a),
+                                                 load<Floats>(more.acc + r * hp + d) * spread(b)));
   }
 }
 
@@ -494,7 +462,7 @@ struct Plan {
   int64_t rows, hp;  // of a tile
 };
 RESQ_INLINE int64_t most_tokens(const AttendCall& call) {
-  return most(1, least(call.tokens, kTileRows / (call.heads / call.kv_heads)));
+  return larger(1, smaller(call.tokens, kTileRows / (call.heads / call.kv_heads)));
 }
 static Plan plan_of(const AttendCall& call, int workers) {
   Plan plan;
@@ -506,18 +474,18 @@ static Plan plan_of(const AttendCall& call, int workers) {
     tokens = over(tokens, 2);
   plan.tiles = over(call.tokens, tokens);
   plan.tokens = plan.tiles ? over(call.tokens, plan.tiles) : 1;
-  const int64_t oldest = call.window ? most(0, call.length - call.tokens - call.window + 1) : 0;
+  const int64_t oldest = call.window ? larger(0, call.length - call.tokens - call.window + 1) : 0;
   plan.first = oldest / kChunk;
   plan.chunks = over(call.length, kChunk) - plan.first;
   plan.split = plan.chunks > 1 && plan.pairs * plan.tiles < wanted;
   plan.rows = plan.tokens * plan.group;
-  plan.hp = over(call.head_dim, kLanes) * kLanes;
+  plan.hp = over(call.head_dim, kFloats) * kFloats;
   return plan;
 }
 
 // Memory of a task, in pieces of whole cache lines.
 struct Scratch {
-  float* block;                  // unpacked: keys [h][kBlock], then in their place (in L1) values [kBlock][hp + kLanes]
+  float* block;                  // unpacked: keys [h][kBlock], then in their place (in L1) values [kBlock][stride]
   float *scores, *sums, *alpha;  // [rows][kBlock], [rows][16], [rows]
   int64_t *low, *high;           // [rows] the slots that a row sees
   const float** q;               // [rows]
@@ -536,7 +504,7 @@ static Scratch scratch_of(const AttendCall& call, int64_t rows, int64_t hp, void
     return State{(float*)take(rows * 4), (float*)take(rows * 4), (float*)take(rows * hp * 4)};
   };
   Scratch scratch;
-  scratch.block = (float*)take((hp + kLanes) * kBlock * 4);
+  scratch.block = (float*)take((hp + kFloats) * kBlock * 4);
   scratch.scores = (float*)take(rows * kBlock * 4);
   scratch.sums = (float*)take(rows * 16 * 4);
   scratch.alpha = (float*)take(rows * 4);
@@ -559,7 +527,7 @@ RESQ_INLINE Tile tile_of(const AttendCall& call, const Plan& plan, int64_t index
   const int64_t pair = index % plan.pairs;
   // The last tokens see most.
   tile.begin = (plan.tiles - 1 - index / plan.pairs) * plan.tokens;
-  tile.end = least(tile.begin + plan.tokens, call.tokens);
+  tile.end = smaller(tile.begin + plan.tokens, call.tokens);
   tile.batch = pair / call.kv_heads;
   tile.head = pair % call.kv_heads;
   tile.rows = (tile.end - tile.begin) * plan.group;
@@ -572,61 +540,62 @@ struct Span {
 };
 RESQ_INLINE Span seen_by(const AttendCall& call, int64_t batch, int64_t token) {
   const int64_t own = call.length - call.tokens + token;
-  int64_t low = call.starts ? most(call.starts[batch], 0) : 0;
-  if (call.window) low = most(low, own - call.window + 1);
-  return {least(low, own), own + 1};
+  int64_t low = call.starts ? larger(call.starts[batch], 0) : 0;
+  if (call.window) low = larger(low, own - call.window + 1);
+  return {smaller(low, own), own + 1};
 }
 
 // Softmax numbers of the tile's rows over one chunk.
 static void attend_chunk(const AttendCall& call, const Plan& plan, const Tile& tile, const Scratch& scratch,
                          int64_t chunk, State state) {
-  const int64_t rows = tile.rows, hp = plan.hp, stride = hp + kLanes, h = call.head_dim;
+  const int64_t rows = tile.rows, hp = plan.hp, stride = hp + kFloats, h = call.head_dim;
   for (int64_t r = 0; r < rows; r++) state.peak[r] = kNothing;
   __builtin_memset(scratch.sums, 0, (size_t)rows * 16 * sizeof(float));
   __builtin_memset(state.acc, 0, (size_t)(rows * hp) * sizeof(float));
   const float factor = call.scale * 1.44269504f;  // log2 e
   // Rows in equal parts of at most kRows.
   const int64_t step = over(rows, over(rows, kRows));
-  const int64_t columns = over(hp / kLanes, over(hp / kLanes, kVectors));
+  const int64_t columns = over(hp / kFloats, over(hp / kFloats, kVectors));
   const int64_t pair = tile.batch * call.kv_heads + tile.head;
-  const int64_t from = most(chunk * kChunk, scratch.low[0]), to = least((chunk + 1) * kChunk, scratch.high[rows - 1]);
+  const int64_t from = larger(chunk * kChunk, scratch.low[0]);
+  const int64_t to = smaller((chunk + 1) * kChunk, scratch.high[rows - 1]);
   for (int64_t block = from / kBlock * kBlock; block < to; block += kBlock) {
     const int64_t slot = pair * call.keys.capacity + block, slot_v = pair * call.values.capacity + block;
-    Slots slots = {call.keys.data + slot * call.keys.record, most(from - block, 0), least(to - block, kBlock),
+    Slots slots = {call.keys.data + slot * call.keys.record, larger(from - block, 0), smaller(to - block, kBlock),
                    call.length - block};
     auto part = [&](int64_t r, int64_t end) {
-      return Span{most(slots.begin, scratch.low[r] - block), least(slots.end, scratch.high[end - 1] - block)};
+      return Span{larger(slots.begin, scratch.low[r] - block), smaller(slots.end, scratch.high[end - 1] - block)};
     };
     unpack_keys(call.keys, slots, h, scratch.block);
     for (int64_t r = 0; r < rows; r += step) {
-      const int64_t end = least(r + step, rows);
+      const int64_t end = smaller(r + step, rows);
       const Span seen = part(r, end);
       if (seen.low >= seen.high) continue;
-      const int first = (int)(seen.low / kLanes), last = (int)over(seen.high, kLanes);
+      const int first = (int)(seen.low / kFloats), last = (int)over(seen.high, kFloats);
       float* scores = scratch.scores + r * kBlock;
       for (int n = first; n < last; n += kVectors)
-        with_shape<Dot>(end - r, least(last - n, kVectors), scratch.q + r, (const float*)scratch.block + n * kLanes, h,
-                        factor, scores + n * kLanes);
+        with_shape<Dot>(end - r, smaller(last - n, kVectors), scratch.q + r,
+                        (const float*)scratch.block + n * kFloats, h, factor, scores + n * kFloats);
       auto finish = [&](int begin_vector, int end_vector) __attribute__((always_inline)) {
         exponentials(end - r, begin_vector, end_vector, scratch.low + r, scratch.high + r, block, scores,
                      state.peak + r, scratch.sums + r * 16, scratch.alpha + r);
       };
-      if (first == 0 && last == kBlock / kLanes)
-        finish(0, kBlock / kLanes);
+      if (first == 0 && last == kBlock / kFloats)
+        finish(0, kBlock / kFloats);
       else
         finish(first, last);
     }
     slots.data = call.values.data + slot_v * call.values.record;
     unpack_values(call.values, slots, h, stride, scratch.copy, scratch.block);
     for (int64_t r = 0; r < rows; r += step) {
-      const int64_t end = least(r + step, rows);
+      const int64_t end = smaller(r + step, rows);
       const Span seen = part(r, end);
       if (seen.low >= seen.high) continue;
-      for (int64_t n = 0; n < hp / kLanes; n += columns)
-        with_shape<Weigh>(end - r, least(hp / kLanes - n, columns),
+      for (int64_t n = 0; n < hp / kFloats; n += columns)
+        with_shape<Weigh>(end - r, smaller(hp / kFloats - n, columns),
                           (const float*)scratch.scores + r * kBlock + seen.low,
-                          (const float*)scratch.block + seen.low * stride + n * kLanes, stride,
-                          seen.high - seen.low, (const float*)scratch.alpha + r, state.acc + r * hp + n * kLanes, hp);
+                          (const float*)scratch.block + seen.low * stride + n * kFloats, stride,
+                          seen.high - seen.low, (const float*)scratch.alpha + r, state.acc + r * hp + n * kFloats, hp);
     }
   }
   for (int64_t r = 0; r < rows; r++) state.sum[r] = sum(load<F16>(scratch.sums + r * 16));
@@ -694,7 +663,7 @@ static void attend(const AttendCall& call, int workers, int64_t task, void* memo
   }
   // Coordinates h … hp - 1 add up to nothing that is read, but slowly if they are subnormal numbers.
   if (plan.hp != call.head_dim)
-    __builtin_memset(scratch.block, 0, (size_t)((plan.hp + kLanes) * kBlock) * sizeof(float));
+    __builtin_memset(scratch.block, 0, (size_t)((plan.hp + kFloats) * kBlock) * sizeof(float));
   if (plan.split) return attend_chunk(call, plan, tile, scratch, only, partial(plan, shared, index, only));
   attend_chunk(call, plan, tile, scratch, chunks.low, scratch.state);
   for (int64_t chunk = chunks.low + 1; chunk < chunks.high; chunk++) {

@@ -63,6 +63,35 @@ Store store_of(const StoreArgument& store) {
   return {at<uint8_t>(std::get<0>(store)), std::get<1>(store), std::get<2>(store), std::get<3>(store)};
 }
 
+// (linear, out, ldo, onto, ldonto) for every linear that reads the same activations.
+using OutputArgument = std::tuple<const PackedLinear*, Address, int64_t, Address, int64_t>;
+
+// A call for each output, all with this input.
+template <class Call>
+std::vector<Call> calls_of(Call call, const std::vector<OutputArgument>& outputs) {
+  std::vector<Call> calls;
+  for (const auto& [linear, out, ldo, onto, ldonto] : outputs) {
+    call.weight = &linear->packed;
+    call.out = at<float>(out);
+    call.ldo = ldo;
+    call.onto = at<const float>(onto);
+    call.ldonto = ldonto;
+    calls.push_back(call);
+  }
+  return calls;
+}
+
+LinearCall input_of(Address q, int64_t ldq, Address scale, Address zero, int64_t ranges, int64_t rows) {
+  LinearCall call;
+  call.q = at<const uint8_t>(q);
+  call.ldq = ldq;
+  call.scale = at<const float>(scale);
+  call.zero = at<const uint8_t>(zero);
+  call.ranges = ranges;
+  call.rows = rows;
+  return call;
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
@@ -142,56 +171,24 @@ NB_MODULE(_native, m) {
       .def_prop_ro("segments", [](const PackedLinear& w) { return w.packed.segments; })
       .def_prop_ro("ranges", [](const PackedLinear& w) { return w.ranges; });
 
-  // outputs: (linear, out, ldo, onto, ldonto) for every linear that reads these activations.
-  using Output = std::tuple<const PackedLinear*, Address, int64_t, Address, int64_t>;
   m.def("linears", [](int threads, Address q, int64_t ldq, Address scale, Address zero, int64_t ranges, int64_t rows,
-                      const std::vector<Output>& outputs) {
-    std::vector<LinearCall> calls;
-    for (const auto& [linear, out, ldo, onto, ldonto] : outputs) {
-      LinearCall call;
-      call.weight = &linear->packed;
-      call.q = at<const uint8_t>(q);
-      call.ldq = ldq;
-      call.scale = at<const float>(scale);
-      call.zero = at<const uint8_t>(zero);
-      call.ranges = ranges;
-      call.rows = rows;
-      call.out = at<float>(out);
-      call.ldo = ldo;
-      call.onto = at<const float>(onto);
-      call.ldonto = ldonto;
-      calls.push_back(call);
-    }
-    linears(calls, threads);
+                      const std::vector<OutputArgument>& outputs) {
+    linears(calls_of(input_of(q, ldq, scale, zero, ranges, rows), outputs), threads);
   }, Unlocked());
   m.def("accumulate", [](int threads, Address q, int64_t ldq, Address scale, Address zero, int64_t ranges,
                          int64_t rows, const PackedLinear& linear, Address sums) {
-    LinearCall call;
+    LinearCall call = input_of(q, ldq, scale, zero, ranges, rows);
     call.weight = &linear.packed;
-    call.q = at<const uint8_t>(q);
-    call.ldq = ldq;
-    call.scale = at<const float>(scale);
-    call.zero = at<const uint8_t>(zero);
-    call.ranges = ranges;
-    call.rows = rows;
     call.sums = at<int32_t>(sums);
     linears({call}, threads);
   }, Unlocked());
-  m.def("float_linears", [](int threads, Address x, int64_t ldx, int64_t rows, const std::vector<Output>& outputs) {
-    std::vector<FloatLinearCall> calls;
-    for (const auto& [linear, out, ldo, onto, ldonto] : outputs) {
-      FloatLinearCall call;
-      call.weight = &linear->packed;
-      call.x = at<const float>(x);
-      call.ldx = ldx;
-      call.rows = rows;
-      call.out = at<float>(out);
-      call.ldo = ldo;
-      call.onto = at<const float>(onto);
-      call.ldonto = ldonto;
-      calls.push_back(call);
-    }
-    float_linears(calls, threads);
+  m.def("float_linears", [](int threads, Address x, int64_t ldx, int64_t rows,
+                            const std::vector<OutputArgument>& outputs) {
+    FloatLinearCall input;
+    input.x = at<const float>(x);
+    input.ldx = ldx;
+    input.rows = rows;
+    float_linears(calls_of(input, outputs), threads);
   }, Unlocked());
   m.def("dense", [](int threads, Address weight, int element, int64_t ldw, int64_t out_features, int64_t in_features,
                     Address bias, Address x, int64_t ldx, int64_t rows, Address out, int64_t ldo, Address onto,

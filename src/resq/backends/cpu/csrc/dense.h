@@ -16,8 +16,8 @@ RESQ_INLINE F16 weights(const Half* w) {
 #if defined(__AVX512F__)
   return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)w));
 #elif defined(__F16C__)
-  return whole({(F8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w)),
-                (F8)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w + 1))});
+  return whole({(Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w)),
+                (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)w + 1))});
 #else
   F16 v;
   for (int i = 0; i < 16; i++) v[i] = half_to_float(w[i].bits);

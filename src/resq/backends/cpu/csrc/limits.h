@@ -37,8 +37,9 @@ static uint64_t read_memory(const uint8_t* data, size_t bytes, int pattern) {
     c ^= load<I16>(data + i + 128);
     d ^= load<I16>(data + i + 192);
   }
+  typedef uint64_t L8 __attribute__((vector_size(64)));
   const L8 all = (L8)((a ^ b) ^ (c ^ d));
   uint64_t total = 0;
-  for (int i = 0; i < 8; i++) total ^= (uint64_t)all[i];
+  for (int i = 0; i < 8; i++) total ^= all[i];
   return total;
 }
