@@ -82,7 +82,7 @@ def test_logits_before_saving_and_after_loading_are_equal(packed: tuple[Path, Pa
         layers = []
         for index in range(source.shape.layers):
             layer = placement.layer(source.layer(index), index)
-            layers.append(round_layer(ops, source.shape, layer, RESQ, hidden, [], index, lambda *at: None))
+            layers.append(round_layer(source.shape, layer, RESQ, hidden, [], [], index, lambda *at: None))
         layers = [layer.prepacked(REFERENCE) for layer in layers]
         before = decoder.forward(REFERENCE, source.shape, ends, layers, tokens[:2])
     assert torch.equal(before, resq.load(out, backend="reference")(tokens[:2]))
