@@ -19,7 +19,7 @@ from resq.progress import Progress
 if TYPE_CHECKING:
     from resq.api import Result
     from resq.checkpoint.manifest import Manifest, MapEntry
-    from resq.demo import Row as DemoRow
+    from resq.compare import Row as ComparedRow
     from resq.measure.bench import Report as BenchReport
     from resq.measure.evaluate import Row
     from resq.measure.gate import Report as GateReport
@@ -32,12 +32,16 @@ if TYPE_CHECKING:
 
 # Paths and names are data: square brackets in them are no markup, and numbers in prose no figures to colour.
 out, err = Console(markup=False, highlight=False), Console(stderr=True, markup=False, highlight=False)
+# Columns from which a comparison's table is whole.
+WIDE = 110
+# Lines of progress at once.
+DRAWN = 6
 
 
 @contextmanager
 def bars() -> Iterator[Progress]:
     """A progress callback (phase, done, total) drawn on standard error with the time left; without a terminal a line
-    every half minute and when a phase of over two seconds ends."""
+    every half minute and when a phase of over ten seconds ends."""
     if not err.is_terminal:
         begun: dict[str, float] = {}
         told: dict[str, float] = {}
@@ -45,7 +49,7 @@ def bars() -> Iterator[Progress]:
         def say(phase: str, done: int, total: int) -> None:
             now = time.perf_counter()
             spent = now - begun.setdefault(phase, now)
-            if done == total and spent > 2:
+            if done == total and spent > 10:
                 err.print(f"{phase}: done in {spent:.0f} s")
             elif done and now - told.setdefault(phase, now) > 30:
                 told[phase] = now
@@ -66,6 +70,9 @@ def bars() -> Iterator[Progress]:
 
         def show(phase: str, done: int, total: int) -> None:
             if phase not in tasks:
+                ended = [name for name, task in tasks.items() if drawn.tasks[drawn.task_ids.index(task)].finished]
+                for name in ended if len(tasks) >= DRAWN else ():
+                    drawn.remove_task(tasks.pop(name))
                 tasks[phase] = drawn.add_task(phase, total=total)
             drawn.update(tasks[phase], completed=done, total=total)
 
@@ -340,34 +347,66 @@ def listed(recipes: Sequence[Recipe]) -> None:
     out.print("\n--bits N sets the low band of everything that is under 8 bit.")
 
 
-def compared(rows: Sequence[DemoRow]) -> None:
-    """The demonstration's table: every recipe and width against 16 bit. Fits 80 columns."""
+def compared(rows: Sequence[ComparedRow]) -> None:
+    """Every recipe and width against 16 bit. Fits 80 columns; where there are more, says more."""
+    wide = out.width >= WIDE
+    scale, unit = (1e9, "GB") if max(row.bytes or 0 for row in rows) >= 1e10 else (1e6, "MB")
     table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="bold", pad_edge=False)
-    table.add_column("recipe", no_wrap=True)
-    for name in (
-        "low\nband",
-        "perplex-\nity",
-        "Δ nats\n± 95 %",
-        "true bits\nW/A/KV",
-        "MB",
-        "quant.\ns",
-        "tokens\n/s",
-    ):
+    table.add_column("recipe", overflow="fold")
+    columns = ["low\nbits", "perpl-\nexity", "Δ nats\n± 95 %", "KL\nnats"]
+    columns += ["same\ntop 1"] if wide else []
+    columns += ["true bits\nW/A/KV", f"\n{unit}", "quant.\ns"]
+    columns += ["peak\nMB"] if wide else []
+    columns += ["tokens\n/s"] + (["× 16\nbit"] if wide else [])
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for before, row in zip([None, *rows], rows, strict=False):
-        low = delta = seconds = ""
-        bits = "16/16/16"
-        if row.book is not None and row.delta is not None:
-            book, spread = row.book, (row.delta.high - row.delta.low) / 2
-            low, delta, seconds = f"{row.bits} bit", f"{row.delta.mean:+.3f} ±{spread:.3f}", f"{row.seconds:.1f}"
-            kv = (book.key_bits + book.value_bits) / 2
-            bits = f"{book.weight_bits:.1f}/{book.activation_bits:.1f}/{kv:.1f}"
-        name = "" if before is not None and before.recipe == row.recipe else row.recipe
-        cells = low, f"{row.perplexity:.2f}", delta, bits, f"{row.bytes / 1e6:.1f}", seconds, f"{row.rate:,.0f}"
+        same = before is not None and before.recipe == row.recipe and before.seed == row.seed
+        name = "" if same else f"{row.recipe}, seed {row.seed}" if row.seed else row.recipe
+        low = "" if row.bits is None else str(row.bits)
+        if row.perplexity is None:
+            table.add_row(name, low, "failed")
+            continue
+        cells = [low, f"{row.perplexity:.2f}", *_distances(row, wide), _true_bits(row.ledger)]
+        cells.append("" if row.bytes is None else f"{row.bytes / scale:.1f}")
+        cells.append("" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}")
+        if wide:
+            cells.append("" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.0f}")
+        cells.append("" if row.speed is None else f"{row.speed.tokens_per_second:,.0f}")
+        if wide:
+            cells.append("" if row.speed is None or row.ledger is None else f"{row.speed.ratio:.2f}")
         table.add_row(name, *cells)
     out.print(table)
-    out.print(
-        "\nΔ: loss above 16 bit in nats per token, ± half of its paired 95 % interval. True bits count scales and zero "
-        "points; MB is all weight files, embedding in 16 bit included. tokens/s: prefill, one thread of the reference "
-        "backend, which defines the integers and is slow by design (16 bit: float32)."
-    )
+    for row in rows:
+        if row.failed is not None:
+            out.print(f"{row.case} failed: {row.failed}", soft_wrap=True)
+    first = rows[0]
+    words = [
+        f"\nOn {windows_of(first.windows or 0, first.window_length or 0)}. Δ: loss above 16 bit, nats per token, ± "
+        "half of its paired 95 % interval. KL: divergence from 16 bit. True bits count scales and zero points;",
+        f"{unit}: all weight files, the 16-bit embedding included.",
+    ]
+    if wide:
+        words.append("Same top 1: tokens for which 16 bit finds the same one most probable.")
+        words.append("Peak: resident memory of quantizing, libraries included.")
+    if speed := next((row.speed for row in rows[1:] if row.speed is not None), None):
+        backend = next((row.backend for row in rows[1:] if row.backend is not None), "")
+        words.append(
+            f"tokens/s: prefill of {speed.tokens} tokens on {speed.threads} thread{'s' if speed.threads > 1 else ''}, "
+            f"backend {backend} (16 bit: torch in float32)."
+        )
+    out.print(" ".join(words))
+
+
+def _distances(row: ComparedRow, wide: bool) -> list[str]:
+    if row.delta is None or row.kl is None or row.agreement is None:
+        return [""] * (3 if wide else 2)
+    half = f"{(row.delta.high - row.delta.low) / 2:.3f}".removeprefix("0")
+    return [f"{row.delta.mean:+.3f} ±{half}", f"{row.kl.mean:.4f}", *([f"{row.agreement.mean:.1%}"] if wide else [])]
+
+
+def _true_bits(book: Ledger | None) -> str:
+    if book is None:
+        return "16/16/16"
+    each = (book.weight_bits, book.activation_bits, (book.key_bits + book.value_bits) / 2)
+    return "/".join(f"{bits:.1f}".removesuffix(".0") for bits in each)

@@ -11,10 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.end_to_end.test_cli import run
+from tests.conftest import run
+from tests.end_to_end.test_compare import alive, killed
 from typer.main import get_command
 
 import resq
+from resq import compare as comparing
 from resq import demo, embedded
 from resq.cli import RECIPE_NAMES, app
 from resq.errors import InputError
@@ -49,29 +51,16 @@ def test_other_models_need_a_calibration_text(tmp_path: Path, checkpoint) -> Non
     assert "stdlib" in done.stderr
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[demo.Row]:
+def test_the_demonstration_measures_what_it_wrote(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    work = tmp_path_factory.mktemp("demo")
-    found = demo.compare(work, recipes=("rtn", "resq"), bits=(3,), progress=lambda *step: seen.append(step))
-    assert {path.name for path in work.iterdir()} == {"rtn-3bit", "resq-3bit"}
-    assert ("quantizing and evaluating", 2, 2) in seen
-    assert seen[-1] == ("measuring speed", 6, 6)
-    return found
-
-
-def test_the_demonstration_measures_what_it_wrote(rows: list[demo.Row]) -> None:
-    base, rtn, ours = rows
+    found = demo.run(tmp_path, demo.plan(("rtn", "resq"), (3,)), progress=lambda *step: seen.append(step))
+    base, rtn, ours = found.rows
     assert (base.recipe, rtn.recipe, ours.recipe) == ("16-bit", "rtn", "resq")
-    assert ours.delta is not None
-    assert ours.delta.low <= ours.delta.mean <= ours.delta.high
-    assert ours.book is not None
-    assert ours.bytes == ours.book.bytes < base.bytes
-    assert ours.against(rtn).high < 0
-    assert "3 bit: resq is better than rtn" in demo.conclusion(rows)
-    assert min(row.rate for row in rows) > 0
-    assert demo.as_json(ours)["perplexity"] == pytest.approx(ours.perplexity)
-    json.dumps([demo.as_json(row) for row in rows])
+    assert ("cases", 2, 2) in seen
+    assert seen[-1][0] == "speed: prefill"
+    assert found.between(ours, rtn).high < 0
+    assert "3 bit: resq is better than rtn" in demo.conclusion(found)
+    assert "".join(demo.continuation(found.checkpoint(ours.case)))
 
 
 @pytest.mark.slow
@@ -82,7 +71,9 @@ def test_the_whole_demonstration_ranks_the_recipes(tmp_path: Path) -> None:
     for name in ("16-bit", *RECIPES, "tokens/s", demo.PROMPT.strip()):
         assert name in done.stdout
     assert "3 bit: resq is better than quarot" in done.stdout
-    assert {path.name for path in out.iterdir()} == {f"{name}-{bits}bit" for name in RECIPES for bits in (4, 3)}
+    cases = {path.name for path in (out / "cases").iterdir()}
+    assert cases == {"16-bit", *(f"{name}-{bits}bit" for name in RECIPES for bits in (4, 3))}
+    assert all(len(line) <= 80 for line in done.stdout.splitlines() if str(out) not in line)
     refused = run("demo", "--out", out)
     assert refused.returncode == 2
     assert "exists already" in refused.stderr
@@ -107,23 +98,10 @@ def test_an_interrupted_demonstration_leaves_nothing_and_no_process(after: float
     pytest.fail("a process of the group is still running")
 
 
-def alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_a_killed_worker_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run_case", killed)
-    with pytest.raises(InputError, match="was killed, probably for lack of memory"):
-        demo.compare(tmp_path, recipes=("rtn",), bits=(4,))
-
-
-def killed(*arguments: object) -> None:
-    """Stands in for a case in a worker that the system kills."""
-    os.kill(os.getpid(), signal.SIGKILL)
+def test_a_case_that_failed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparing, "make_case", killed)
+    with pytest.raises(InputError, match="rtn-4bit of the demonstration failed: its process was killed"):
+        demo.run(tmp_path, demo.plan(("rtn",), (4,)))
 
 
 def test_a_place_that_failed_is_removed_and_one_that_is_taken_refused(tmp_path: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import secrets
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,30 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
         stream.write(json.dumps(row) + "\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write a .jsonl file anew, in one piece: who reads it finds the old rows or the new ones."""
+    _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON file in one piece."""
+    _replace(file, json.dumps(value, indent=1) + "\n")
+
+
+def _replace(file: Path, text: str) -> None:
+    work = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
+    try:
+        with open(work, "x", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        work.replace(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written: {error.strerror}; free some space there") from error
+    finally:
+        work.unlink(missing_ok=True)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
