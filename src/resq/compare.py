@@ -48,6 +48,7 @@ from resq.models.source import Source
 from resq.models.text import Windows, all_windows, load_tokenizer, read_documents
 from resq.processes import Task, memory, run_apart, start_server
 from resq.progress import Progress, silent
+from resq.ptq.learning import LearnRotations
 from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import RECIPES, recipe_named
 from resq.runtime.load import Opened
@@ -72,7 +73,8 @@ class Plan:
 
     text: what is evaluated, in windows of `window_length` tokens as calibration has (default 2048 or the context);
     evaluation_windows: so many of them, evenly spread, default all. speed_rounds: 0 measures no speed. at_once: cases
-    side by side, which share the threads.
+    side by side, which share the threads. learning_steps: at most so many where rotations are learned, None as the
+    recipe has it.
     """
 
     source: str
@@ -91,6 +93,19 @@ class Plan:
     speed_rounds: int = 3
     at_once: int = 1
     keep_checkpoints: bool = False
+    learning_steps: int | None = None
+
+    def recipe(self, case: Case) -> Recipe:
+        """The whole method of a case. Raises InputError when the recipe cannot have that width."""
+        recipe = chosen_recipe(case.found_by, case.bits, self.head_bits)
+        if self.learning_steps is None:
+            return recipe
+        most = self.learning_steps
+        tuning = (
+            replace(part, steps=min(part.steps, most)) if isinstance(part, LearnRotations) else part
+            for part in recipe.tuning
+        )
+        return replace(recipe, tuning=tuple(tuning))
 
 
 @dataclass(frozen=True)
@@ -336,8 +351,8 @@ class Work:
 
     def key(self, case: Case) -> dict[str, Any]:
         """Everything that decides a case's figures. Raises InputError when the recipe cannot have that width."""
-        recipe = chosen_recipe(case.found_by, case.bits, self.plan.head_bits)
-        return {**self.common, "calibration": self.calibration, "recipe": described(recipe), "seed": case.seed}
+        words = json.loads(json.dumps(self.plan.recipe(case).describe()))  # as JSON gives them back
+        return {**self.common, "calibration": self.calibration, "recipe": words, "seed": case.seed}
 
     def run(self, progress: Progress, tell: Tell) -> Comparison:
         """Make what is missing."""
@@ -535,13 +550,11 @@ def make_case(job: Job, *, progress: Progress) -> Row:
         result = quantize(
             plan.source,
             work / "checkpoint",
-            recipe=case.found_by,
+            recipe=plan.recipe(case),
             calibration=plan.calibration,
             windows=plan.windows,
             rounding_windows=plan.rounding_windows,
             window_length=plan.window_length,
-            bits=case.bits,
-            head_bits=plan.head_bits,
             seed=case.seed,
             progress=progress,
         )
@@ -684,11 +697,6 @@ def text_sha256(file: str) -> str:
         read_documents(Path(file), None, evaluation=False)
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def described(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON gives it back."""
-    return json.loads(json.dumps(recipe.describe()))
 
 
 def shape_facts(source: Source) -> dict[str, Any]:

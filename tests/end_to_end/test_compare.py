@@ -254,3 +254,11 @@ def alive(group: int) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def test_fewer_learning_steps_are_another_recipe_and_leave_others_alone() -> None:
+    plan = Plan("tiny", "stdlib", learning_steps=7)
+    learned, fixed = (comparing.Case(name, name, 3, 0) for name in ("spinquant", "resq"))
+    assert "7 steps" in str(plan.recipe(learned).describe())
+    assert plan.recipe(learned) != replace(plan, learning_steps=None).recipe(learned)
+    assert plan.recipe(fixed) == replace(plan, learning_steps=None).recipe(fixed)
