@@ -25,7 +25,8 @@ from resq.numerics.bands import PACKABLE_BITS
 from resq.progress import Progress, silent
 from resq.ptq.pipeline import Job, LinearReport
 from resq.ptq.pipeline import quantize as run_pipeline
-from resq.ptq.recipe import Recipe
+from resq.ptq.recipe import Recipe, Setting
+from resq.ptq.recipe_file import definition_of
 from resq.ptq.recipes import recipe_named
 
 # What of a source goes along: tokenizer, chat templates, generation config, licences.
@@ -113,6 +114,7 @@ def quantize(
     progress("tokenizing", 0, 1)
     chosen = _windows(model, tokenizer, files, windows, window_length, seed, method)
     progress("tokenizing", 1, 1)
+    setting = Setting(model.shape, method.precision, seed)
     keep_tied = model.shape.tied and method.precision.head is None and not untie
     with CheckpointWriter(out) as writer:
         tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
@@ -122,7 +124,7 @@ def quantize(
         _copy_files(model, writer)
         header = {
             "made_by": _versions(),
-            "recipe": RecipeEntry(**method.describe(), seed=seed),
+            "recipe": RecipeEntry(**method.describe(), seed=seed, definition=definition_of(method)),
             "source": SourceEntry(
                 name=model.name,
                 model_type=model.config["model_type"],
@@ -143,7 +145,7 @@ def quantize(
                 forward="float32, cpu",
             ),
             "notes": [
-                *(note for basis in method.basis for note in basis.notes(model.shape)),
+                *(note for basis in method.basis for note in basis.notes(setting)),
                 *outcome.notes,
                 *damping_notes(outcome.linears),
             ],

@@ -295,6 +295,12 @@ def inspected(name: str, manifest: Manifest, book: Ledger) -> None:
         facts.add_row("note", note)
     facts.add_row("made by", ", ".join(f"{key} {value}" for key, value in manifest.made_by.items()))
     out.print(facts)
+    from resq.ptq.ablations import ABLATIONS
+    from resq.ptq.recipe_file import to_toml
+    from resq.ptq.recipes import RECIPES
+
+    if recipe.definition and recipe.name not in RECIPES | ABLATIONS:
+        out.print(f"recipe {recipe.name}, as --recipe takes it from a file:\n{to_toml(recipe.definition)}")
 
     bands = Table(title="bands of the first layer", title_justify="left")
     for column in ("where", "input", "weights", "online map"):
@@ -334,17 +340,24 @@ def _bands(pairs: list[list[int]] | None) -> str:
     return "16 bit" if pairs is None else " + ".join(f"{count} × {bits} bit" for bits, count in pairs)
 
 
-def listed(recipes: Sequence[Recipe]) -> None:
+def listed(recipes: Sequence[Recipe], ablations: Sequence[Recipe] = ()) -> None:
     """One line per recipe."""
+    _listed(recipes, "recipe")
+    if ablations:
+        out.print()
+        _listed(ablations, "ablation")
+    out.print("\n--bits N sets the low band of everything that is under 8 bit.")
+
+
+def _listed(recipes: Sequence[Recipe], heading: str) -> None:
     table = Table(box=None)
-    table.add_column("recipe", no_wrap=True)
+    table.add_column(heading, no_wrap=True)
     table.add_column("bits W / A / KV", no_wrap=True)
     table.add_column("what it does")
     for recipe in recipes:
         bits = " / ".join(f"{mean:g}" for mean in recipe.precision.mean_bits())
         table.add_row(recipe.name, bits, recipe.about)
     out.print(table)
-    out.print("\n--bits N sets the low band of everything that is under 8 bit.")
 
 
 def compared(rows: Sequence[ComparedRow]) -> None:

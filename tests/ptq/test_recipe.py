@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import pytest
@@ -16,9 +16,9 @@ from resq.models.rope import Rope
 from resq.numerics import hadamard as transforms
 from resq.numerics.bands import INT4, INT4_INT8, INT8, Bands, Layout
 from resq.numerics.hadamard import HadamardPlan
-from resq.numerics.maps import Dense, Hadamard, Permutation
+from resq.numerics.maps import Dense, Hadamard, LinearMap, Permutation
 from resq.ptq.basis.fixed import GatherHeads, hadamard
-from resq.ptq.basis.pca import pca
+from resq.ptq.basis.pca import pca, randomised_hadamard
 from resq.ptq.basis.peaks import outliers_last
 from resq.ptq.pipeline import check_sizes
 from resq.ptq.recipe import At, Basis, Moments, Precision, Recipe, Setting, Statistic
@@ -43,10 +43,26 @@ def recipe(basis: tuple[Basis, ...], precision: Precision = UNIFORM) -> Recipe:
     return Recipe("mine", basis, precision, Nearest())
 
 
+@dataclass(frozen=True)
+class Ordered:
+    """Orders every coordinate and changes none."""
+
+    needs = frozenset[Statistic]()
+    sites = orders = frozenset(Site)
+
+    def check(self, shape: Shape, tokens: int) -> None:
+        pass
+
+    def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
+        return {}
+
+    def notes(self, setting: Setting) -> list[str]:
+        return []
+
+
 def sized(precision: Precision) -> Recipe:
-    """A recipe that orders every coordinate."""
-    sites = (Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY, Site.MLP_HIDDEN)
-    return Recipe("mine", (pca(*sites), GatherHeads()), precision, Nearest())
+    """A recipe that may have bands anywhere."""
+    return Recipe("mine", (Ordered(),), precision, Nearest())
 
 
 def there(bands: Bands | None) -> Bands:
@@ -264,19 +280,29 @@ def test_bases_say_what_they_change() -> None:
 
 
 def test_bases_say_where_a_model_has_no_hadamard_matrix() -> None:
+    def notes(basis: Basis, **given: int) -> list[str]:
+        return basis.notes(Setting(shape(**given), RESQ.precision, 0))
+
     (basis,) = QUAROT.basis
     assert str(basis) == "hadamard(residual with random signs, value, attn_out, query_key, mlp_hidden)"
-    assert basis.notes(shape()) == []
-    assert basis.notes(shape(heads=14, ffn=214)) == [
+    assert notes(basis) == []
+    assert notes(basis, heads=14, ffn=214) == [
         "14 heads have no Hadamard matrix: one of 224 coordinates at attn_out, none at value",
         "214 coordinates at mlp_hidden have no Hadamard matrix: random orthogonal factor of 107",
     ]
-    assert basis.notes(shape(hidden=36, head_dim=6)) == [
+    assert notes(basis, hidden=36, head_dim=6) == [
         f"6 coordinates at {site} have no Hadamard matrix: random orthogonal factor of 3"
         for site in ("value", "query_key")
     ]
-    assert all(basis.notes(shape(heads=14, hidden=36, head_dim=6)) == [] for basis in RESQ.basis)
-    assert hadamard(Site.MLP_HIDDEN).notes(shape(ffn=214)) == basis.notes(shape(ffn=214))
+    assert all(notes(each, heads=14, hidden=36, head_dim=6) == [] for each in RESQ.basis)
+    assert notes(hadamard(Site.MLP_HIDDEN), ffn=214) == notes(basis, ffn=214)
+    bands = pca(Site.RESIDUAL, Site.VALUE, rotation=randomised_hadamard)
+    assert notes(bands, hidden=256, head_dim=64) == []  # 224 and 32, 56 and 8
+    assert notes(bands, hidden=84, head_dim=16) == [
+        "a band of 74 coordinates has no Hadamard matrix: random orthogonal factor of 37",
+        "a band of 14 coordinates has no Hadamard matrix: random orthogonal factor of 7",
+        "a band of 10 coordinates has no Hadamard matrix: random orthogonal factor of 5",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -335,7 +361,7 @@ def test_a_recipe_is_found_by_its_name(name: str) -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
-    names = re.escape(", ".join(RECIPES))
+    names = re.escape(f"{', '.join(RECIPES)}, an ablation, or a .toml or .json file")
     with pytest.raises(InputError, match=rf"\Ano recipe 'resqq'; recipes are {names}; did you mean resq\?\Z"):
         recipe_named("resqq")
     with pytest.raises(InputError) as caught:

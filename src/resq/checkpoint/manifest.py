@@ -103,13 +103,15 @@ class FileEntry(_Strict):
 
 
 class RecipeEntry(_Strict):
-    """How the integers were made, in words and numbers."""
+    """How the integers were made, in words and numbers. definition: the recipe as a file of `--recipe` has it; empty
+    where it has parts that no file can name."""
 
     name: str
     basis: list[str]
     precision: dict[str, str]
     rounding: str
     seed: int
+    definition: dict[str, Any] = Field(default_factory=dict)
 
 
 class SourceEntry(_Strict):

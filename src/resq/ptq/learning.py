@@ -103,6 +103,10 @@ class LearnRotations:
         tokens = fitted.tokens.clone()
         simulation = Simulation(fitted.source, fitted.recipe, self.round_weights)
         rotations = {at: self.start(at, map, fitted.setting) for at, map in maps.items() if at.site in self.on}
+        if without := set(self.on) - {at.site for at in rotations}:
+            raise InputError(
+                f"recipe {fitted.recipe.name} has no map at {min(without)} whose rotation could be learned"
+            )
         losses = []
         for step in range(self.steps):
             first = step * self.batch

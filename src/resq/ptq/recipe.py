@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -280,6 +280,13 @@ class Setting:
         return layout.bands(size, 1 if per_head or size % BAND_MULTIPLE else BAND_MULTIPLE)
 
 
+def check_sites(kind: str, given: Iterable[Site], accepted: Iterable[Site]) -> None:
+    """Raises InputError for sites that a kind of basis has no map for."""
+    accepted = tuple(accepted)
+    if wrong := set(given) - set(accepted):
+        raise InputError(f"{kind} has no map for {min(wrong)}; it has for {', '.join(accepted)}")
+
+
 class Basis(Protocol):
     """Chooses maps for some sites from the statistics it needs."""
 
@@ -306,7 +313,7 @@ class Basis(Protocol):
         """Maps in float64."""
         ...
 
-    def notes(self, shape: Shape) -> list[str]:
+    def notes(self, setting: Setting) -> list[str]:
         """Remarks for the manifest: what this model's sizes did not allow, and what stands in."""
         ...
 

@@ -150,7 +150,18 @@ RECIPES: dict[str, Recipe] = {
 
 
 def recipe_named(name: str) -> Recipe:
-    """A recipe of this page. Raises InputError with the nearest name."""
-    if name not in RECIPES:
-        raise InputError(f"no recipe {name!r}; recipes are {', '.join(RECIPES)}{nearest(name, RECIPES)}")
-    return RECIPES[name]
+    """A recipe of this page, an ablation, or what a .toml or .json file describes. Raises InputError with the nearest
+    name."""
+    # Both build on this page.
+    from resq.ptq.ablations import ABLATIONS
+    from resq.ptq.recipe_file import ENDINGS, read_recipe
+
+    known = RECIPES | ABLATIONS
+    if name.endswith(ENDINGS):
+        return read_recipe(name, known)
+    if name not in known:
+        raise InputError(
+            f"no recipe {name!r}; recipes are {', '.join(RECIPES)}, an ablation, or a .toml or .json file"
+            f"{nearest(name, known)}"
+        )
+    return known[name]

@@ -11,9 +11,10 @@ from resq.models.architecture import Shape, Site
 from resq.numerics import hadamard as transforms
 from resq.numerics.hadamard import HadamardPlan
 from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation
-from resq.ptq.recipe import At, Moments, Setting, Statistic
+from resq.ptq.recipe import At, Moments, Setting, Statistic, check_sites
 
 RANDOM = "random-orthogonal"
+SITES = (Site.RESIDUAL, Site.VALUE, Site.ATTN_OUT, Site.QUERY_KEY, Site.MLP_HIDDEN)
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class HadamardBasis:
     signed: tuple[Site, ...] = (Site.RESIDUAL,)
     needs = frozenset[Statistic]()
     orders = frozenset[Site]()
+
+    def __post_init__(self) -> None:
+        check_sites("hadamard", self.on, SITES)
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -83,8 +87,9 @@ class HadamardBasis:
             maps |= {At(site, layer): map for layer in range(shape.layers)}
         return maps
 
-    def notes(self, shape: Shape) -> list[str]:
+    def notes(self, setting: Setting) -> list[str]:
         """What has no Hadamard matrix, and what stands in."""
+        shape = setting.shape
         plans, remarks = self.plans(shape), []
         if Site.VALUE in self.sites - plans.keys():
             size = shape.heads * shape.head_dim
@@ -128,7 +133,7 @@ class GatherHeads:
             maps[at] = Permutation(torch.cat([coordinates[:, cut].flatten() for cut in setting.bands(at).slices()]))
         return maps
 
-    def notes(self, shape: Shape) -> list[str]:
+    def notes(self, setting: Setting) -> list[str]:
         """Nothing to remark."""
         return []
 

@@ -14,7 +14,8 @@ from resq.numerics import hadamard as transforms
 from resq.numerics.bands import Bands
 from resq.numerics.maps import Dense, LinearMap, PerHead, random_orthogonal
 from resq.numerics.moments import eigenbasis
-from resq.ptq.recipe import At, Moments, Setting, Statistic
+from resq.ptq.basis.fixed import RANDOM
+from resq.ptq.recipe import At, Moments, Setting, Statistic, check_sites
 
 _STATISTICS = {Site.RESIDUAL: Statistic.RESIDUAL, Site.VALUE: Statistic.VALUE, Site.QUERY_KEY: Statistic.KEY}
 
@@ -78,6 +79,9 @@ class Pca:
     pick: Pick = by_variance
     rotation: Rotation = haar
 
+    def __post_init__(self) -> None:
+        check_sites("pca", self.on, _STATISTICS)
+
     def turn(self, moment: Tensor, at: At, setting: Setting, head: int | None = None) -> Tensor:
         """The orthogonal map [n, n] of one site, or of one head there."""
         generator = setting.generator(at, head)
@@ -127,9 +131,18 @@ class Pca:
                 maps[at] = Dense(self.turn(moment, at, setting))
         return maps
 
-    def notes(self, shape: Shape) -> list[str]:
-        """Nothing to remark."""
-        return []
+    def notes(self, setting: Setting) -> list[str]:
+        """Bands that have no Hadamard matrix where the rotation is one, and what stands in."""
+        if self.rotation is not randomised_hadamard:
+            return []
+        layers = range(setting.shape.layers)
+        cuts = [setting.bands(At(site, layer)) for site in self.on for layer in layers]
+        plans = {band.size: transforms.plan(band.size) for bands in cuts for band in bands}
+        return [
+            f"a band of {size} coordinates has no Hadamard matrix: random orthogonal factor of {plan.order}"
+            for size, plan in sorted(plans.items(), reverse=True)
+            if plan.construction == RANDOM
+        ]
 
     def __str__(self) -> str:
         words = [*self.on, *(["balanced heads"] if self.balance_heads else [])]

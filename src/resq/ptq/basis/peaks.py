@@ -7,13 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from resq.errors import InputError
 from resq.models.architecture import Point, Shape, Site
 from resq.numerics.maps import Diagonal, LinearMap, PerHead, Permutation
 from resq.progress import Progress
-from resq.ptq.recipe import At, Fitted, Moments, Peaks, Setting, Statistic, Tuned
+from resq.ptq.recipe import At, Fitted, Moments, Peaks, Setting, Statistic, Tuned, check_sites
 from resq.ptq.simulation import Simulation
 
+# Inputs that a permutation orders.
 POINTS = {Site.ATTN_NORM_OUT: Point.ATTN_IN, Site.MLP_NORM_OUT: Point.MLP_IN, Site.ATTN_OUT: Point.O_IN}
+# Inputs that a diagonal scales.
+SMOOTHED = {Site.ATTN_NORM_OUT: Point.ATTN_IN, Site.MLP_NORM_OUT: Point.MLP_IN, Site.MLP_HIDDEN: Point.DOWN_IN}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,9 @@ class OutliersLast:
 
     on: tuple[Site, ...]
     needs = frozenset({Statistic.PEAKS})
+
+    def __post_init__(self) -> None:
+        check_sites("outliers_last", self.on, (*POINTS, Site.VALUE, Site.QUERY_KEY))
 
     @property
     def sites(self) -> frozenset[Site]:
@@ -63,7 +70,7 @@ class OutliersLast:
             largest = heads.gather(1, order).flatten()
         return Permutation(ascending(largest))
 
-    def notes(self, shape: Shape) -> list[str]:
+    def notes(self, setting: Setting) -> list[str]:
         """Nothing to remark."""
         return []
 
@@ -95,6 +102,11 @@ class Smooth:
     needs = frozenset({Statistic.PEAKS})
     orders = frozenset[Site]()
 
+    def __post_init__(self) -> None:
+        check_sites("smooth", self.on, (*SMOOTHED, Site.VALUE))
+        if not 0 <= self.strength <= 1:
+            raise InputError(f"smoothing has a strength in 0 … 1, got {self.strength}")
+
     @property
     def sites(self) -> frozenset[Site]:
         """The sites given."""
@@ -106,7 +118,6 @@ class Smooth:
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
         """Maps of every layer."""
         assert moments.peaks is not None
-        points = {Site.ATTN_NORM_OUT: Point.ATTN_IN, Site.MLP_NORM_OUT: Point.MLP_IN, Site.MLP_HIDDEN: Point.DOWN_IN}
         maps: dict[At, LinearMap] = {}
         for layer, peaks in enumerate(moments.peaks):
             for site in self.on:
@@ -118,7 +129,7 @@ class Smooth:
                     eye = torch.eye(size, dtype=torch.float64).repeat(groups, 1, 1)
                     maps[At(site, layer)] = PerHead(eye, self.scales(*shared))
                 else:
-                    point = points[site]
+                    point = SMOOTHED[site]
                     maps[At(site, layer)] = Diagonal(self.scales(peaks.inputs[point], peaks.weights[point]))
         return maps
 
@@ -127,7 +138,7 @@ class Smooth:
         s = inputs**self.strength / weights ** (1 - self.strength)
         return torch.where((inputs > 0) & (weights > 0), 1 / s, torch.ones_like(s))
 
-    def notes(self, shape: Shape) -> list[str]:
+    def notes(self, setting: Setting) -> list[str]:
         """Nothing to remark."""
         return []
 
@@ -152,9 +163,17 @@ class SearchStrength:
     windows: int = 8
     needs = frozenset[Statistic]()
 
+    def __post_init__(self) -> None:
+        if not self.strengths or not all(0 <= strength <= 1 for strength in self.strengths) or self.windows < 1:
+            raise InputError(
+                f"a search takes strengths in 0 … 1 and at least 1 window, got {self.strengths} and {self.windows}"
+            )
+
     def __call__(self, fitted: Fitted, progress: Progress) -> Tuned:
         """Maps of the best strength, with the loss at each."""
         bases = [basis for basis in fitted.recipe.basis if isinstance(basis, Smooth)]
+        if not bases:
+            raise InputError(f"recipe {fitted.recipe.name} has no smoothing whose strength could be searched")
         simulation = Simulation(fitted.source, fitted.recipe, round_weights=True)
         tokens, tried = fitted.tokens[: self.windows], []
         for number, strength in enumerate(self.strengths):

@@ -78,6 +78,14 @@ class Gptq:
     correction: float | None = None
     needs_moment: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        damped = self.damping > 0 and (self.correction is None or self.correction > 0)
+        if not damped or self.block < 1:
+            raise InputError(
+                f"GPTQ takes a block of at least 1 and positive dampings, got {self.block}, {self.damping} and "
+                f"{self.correction}"
+            )
+
     @property
     def corrects(self) -> bool:
         """Whether weights are corrected for what the rounded model feeds them."""
