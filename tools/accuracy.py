@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +16,7 @@ import resq
 from resq.measure.perplexity import open_streamed, paired_interval, perplexity, window_nll
 from resq.measure.rows import append_row, provenance
 from resq.models.text import all_windows, load_tokenizer
-from resq.ptq.recipe import Recipe
-from resq.ptq.recipes import RECIPES, RESQ, RESQ_PAPER, RESQ_WEIGHT_ONLY
-from resq.ptq.rounding.nearest import Nearest
+from resq.ptq.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -28,24 +25,10 @@ CASES = (*(f"{recipe}:{bits}" for bits in (4, 3) for recipe in RECIPES), "resq:4
 AGAINST = ("rtn", "quarot")
 
 
-# Single choices of the resq recipe undone: what each is worth.
-ABLATIONS = {
-    "resq-unbalanced": replace(RESQ, name="resq-unbalanced", basis=RESQ_PAPER.basis),
-    "resq-ranged-per-head": replace(
-        RESQ,
-        name="resq-ranged-per-head",
-        basis=RESQ_PAPER.basis,
-        precision=replace(RESQ.precision, output_per_head=True),
-    ),
-    "resq-weight-only-nearest": replace(RESQ_WEIGHT_ONLY, name="resq-weight-only-nearest", rounding=Nearest()),
-    "resq-nearest": replace(RESQ, name="resq-nearest", rounding=Nearest()),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default="llama-5m,qwen2-5m")
-    parser.add_argument("--cases", default=",".join(CASES), help="recipe or ablation:bits[:head8]")
+    parser.add_argument("--cases", default=",".join(CASES), help="recipe, ablation or file:bits[:head8]")
     parser.add_argument("--seed", type=int, default=0)
     wiki = SHARED / "data" / "wikitext-2" / "wiki.train.first1MB.raw"
     parser.add_argument("--calibration", default=str(wiki), help="a text file, or stdlib")
@@ -66,12 +49,11 @@ def main() -> None:
             for case in args.cases.split(","):
                 recipe, bits, *rest = case.split(":")
                 head = 8 if "head8" in rest else 16
-                out = work / f"{name}-{case.replace(':', '-')}"
-                made_of: str | Recipe = ABLATIONS.get(recipe) or recipe
+                out = work / f"{name}-{case.replace(':', '-').replace('/', '-')}"
                 resq.quantize(
                     source,
                     out,
-                    recipe=made_of,
+                    recipe=recipe,
                     bits=int(bits),
                     head_bits=head,
                     seed=args.seed,

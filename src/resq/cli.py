@@ -479,7 +479,7 @@ def recipes(
     ] = False,
     json_output: JsonOption = False,
 ) -> None:
-    """The methods that --recipe takes, and what each rounds to how many bits. It takes a .toml or .json file as well."""
+    """The methods that --recipe takes beside .toml and .json files, and what each rounds to how many bits."""
     from resq.ptq.ablations import ABLATIONS
     from resq.ptq.recipe_file import recipe_to_dict
     from resq.ptq.recipes import RECIPES
