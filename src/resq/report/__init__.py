@@ -1,0 +1,1 @@
+"""One page about a comparison of recipes: what `resq report` writes."""
