@@ -39,11 +39,14 @@ class Quantized:
         return torch.cat(parts, dim=-1)
 
 
-def asymmetric(x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def asymmetric(
+    x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32, clip: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """One range per row: s = (max - min) / (2^b - 1), z = round(-min / s), q = clamp(round(x / s) + z, 0, 2^b - 1).
 
     x float32 [..., n], finite -> q uint8 [..., n], scale float32 [...] (already rounded to `scale_dtype`), zero uint8
-    [...]. The range always includes zero, so 0 ≤ z ≤ 2^b - 1 and a zero coordinate is exact. Halves round to even.
+    [...]. The range always includes zero, so 0 ≤ z ≤ 2^b - 1 and a zero coordinate is exact; max and min are each
+    multiplied by `clip` (float32) where it is below 1, and what lies outside is clamped. Halves round to even.
     Every step is one IEEE float32 operation, divisions are products with a rounded reciprocal (float32(1 / (2^b - 1)),
     1 / s) and no product is followed by a sum, so that a kernel on any device can repeat it bit for bit, contracting or
     not. A row whose scale would have no finite reciprocal quantizes to zeros with scale 1; one wider than the largest
@@ -55,6 +58,9 @@ def asymmetric(x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -
     x = x.to(torch.float32)
     low = x.amin(dim=-1).clamp(max=0.0)
     high = x.amax(dim=-1).clamp(min=0.0)
+    if clip != 1.0:
+        ratio = torch.tensor(clip, dtype=torch.float32, device=x.device)
+        low, high = low * ratio, high * ratio
     # One float32 constant: a division by a Python number is a product with a reciprocal on some devices only.
     reciprocal = torch.tensor(1.0 / top, dtype=torch.float32, device=x.device)
     scale = (high - low).clamp(max=torch.finfo(torch.float32).max) * reciprocal
@@ -67,13 +73,21 @@ def asymmetric(x: Tensor, bits: int, scale_dtype: torch.dtype = torch.float32) -
     return q.to(torch.uint8), scale, zero.to(torch.uint8)
 
 
-def quantize(x: Tensor, bands: Bands, *, groups: int = 1, scale_dtype: torch.dtype = torch.float32) -> Quantized:
-    """Per-token, per-band asymmetric quantization of x [..., n]; each band is cut into `groups` equal ranges."""
+def quantize(
+    x: Tensor,
+    bands: Bands,
+    *,
+    groups: int = 1,
+    scale_dtype: torch.dtype = torch.float32,
+    clip: tuple[float, ...] | None = None,
+) -> Quantized:
+    """Per-token, per-band asymmetric quantization of x [..., n]; each band is cut into `groups` equal ranges. clip: of
+    every band's ranges, None for 1."""
     if x.shape[-1] != bands.size:
         raise InputError(f"bands cover {bands.size} coordinates, the activation has {x.shape[-1]}")
     qs, scales, zeros = [], [], []
-    for band, cut in zip(bands, bands.slices(), strict=True):
-        q, scale, zero = asymmetric(x[..., cut].unflatten(-1, (groups, -1)), band.bits, scale_dtype)
+    for band, cut, ratio in zip(bands, bands.slices(), clip or (1.0,) * len(bands), strict=True):
+        q, scale, zero = asymmetric(x[..., cut].unflatten(-1, (groups, -1)), band.bits, scale_dtype, ratio)
         qs.append(q.flatten(-2))
         scales.append(scale)
         zeros.append(zero)

@@ -19,7 +19,8 @@ class ActivationFormat:
 
     map: online map or None. bands: None keeps the activation in floating point. groups: ranges per band (the o_proj
     input ranged per head has one per head). scale_dtype: float16 for the KV cache, else float32.
-    map_input_bits: bits of the map's own input, None when it is not rounded (the authors' online U_C rounds it).
+    map_input_bits: bits of the map's own input, None when it is not rounded (the authors' online U_C rounds it). clip:
+    what every band's ranges are multiplied by, above 0 and at most 1, a float32; None for 1.
     """
 
     map: OnlineMap | None = None
@@ -27,6 +28,7 @@ class ActivationFormat:
     groups: int = 1
     scale_dtype: torch.dtype = torch.float32
     map_input_bits: int | None = None
+    clip: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.groups < 1 or (self.bands is not None and any(band.size % self.groups for band in self.bands)):
@@ -34,6 +36,11 @@ class ActivationFormat:
             raise InputError(f"bands {pairs} cannot be cut into {self.groups} equal groups")
         if self.scale_dtype not in (torch.float32, torch.float16):
             raise InputError(f"scales are float32 or float16, got {self.scale_dtype}")
+        if self.clip is not None and (
+            self.bands is None or len(self.clip) != len(self.bands) or not all(0 < ratio <= 1 for ratio in self.clip)
+        ):
+            pairs = None if self.bands is None else self.bands.pairs
+            raise InputError(f"bands {pairs} need one clip above 0 and at most 1 each, got {list(self.clip)}")
 
     def project(self, x: Tensor, compute: torch.dtype, *, rounded: bool = True) -> Tensor:
         """The map's output in `compute`, x [..., n]; `rounded=False` leaves the map's input unrounded."""
@@ -46,7 +53,7 @@ class ActivationFormat:
     def quantize(self, x: Tensor) -> Quantized:
         """Round x float32 [..., n] that the map was already applied to."""
         assert self.bands is not None
-        return quantize(x, self.bands, groups=self.groups, scale_dtype=self.scale_dtype)
+        return quantize(x, self.bands, groups=self.groups, scale_dtype=self.scale_dtype, clip=self.clip)
 
 
 PLAIN = ActivationFormat()
