@@ -300,7 +300,9 @@ def inspected(name: str, manifest: Manifest, book: Ledger) -> None:
     from resq.ptq.recipes import RECIPES
 
     if recipe.definition and recipe.name not in RECIPES | ABLATIONS:
-        out.print(f"recipe {recipe.name}, as --recipe takes it from a file:\n{to_toml(recipe.definition)}")
+        out.print(
+            f"recipe {recipe.name}, as --recipe takes it from a file:\n{to_toml(recipe.definition)}", soft_wrap=True
+        )
 
     bands = Table(title="bands of the first layer", title_justify="left")
     for column in ("where", "input", "weights", "online map"):

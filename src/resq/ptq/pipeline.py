@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,11 +18,12 @@ from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
 from resq.numerics.bands import INT8, Bands
-from resq.numerics.formats import HeadFormats, Norm
+from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
 from resq.numerics.moments import MomentSum
 from resq.progress import Progress
+from resq.ptq.clipping import ClipSearch
 from resq.ptq.placement import Placement
 from resq.ptq.recipe import At, Fitted, InputMoments, Moments, Precision, Recipe, Setting, names_of
 from resq.ptq.rounding.nearest import Nearest
@@ -99,7 +100,7 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     placed = placement.ends(source.ends(), keep_tied=job.keep_tied)
     stored = store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied)
     writer.add_ends(_end_names(source), stored)
-    tokens = job.tokens[: job.rounding_windows] if recipe.needs_moment else job.tokens[:0]
+    tokens = job.tokens[: job.rounding_windows] if recipe.needs_windows else job.tokens[:0]
     # The table as it will be read: already rounded to 16 bit.
     hidden = [stored.embed[window[None]].to(ops.dtype) for window in tokens]
     exact = [placed.embed[window[None]].to(ops.dtype) for window in tokens] if recipe.corrects else []
@@ -175,15 +176,17 @@ def round_layer(
     to its output, and `exact` (of the unrounded model, where the rounding corrects) to that of the unrounded layer.
 
     A group's moments are taken after the groups before it were rounded, with the online maps applied; activations and
-    cache are rounded where the rounding asks for it. `hidden` is empty when no moments are needed.
+    cache are rounded where the rounding asks for it. `hidden` is empty when nothing is looked at.
     """
+    if recipe.clipping is not None:
+        layer = replace(layer, inputs=clipped_inputs(shape, layer, recipe.clipping, hidden))
     norms = {point: _stored_norm(norm) for point, norm in layer.norms.items()}
     stored = replace(layer, linears=dict(layer.linears), norms=norms, heads=_stored_heads(layer.heads))
     seen = Stream(straight_through() if recipe.sees_rounded else dense(torch.float32), shape, layer, hidden)
     wanted = Stream(dense(torch.float32), shape, layer, exact) if exact else None
 
     for point, roles in READERS.items():
-        moments = input_moments(seen, wanted, point) if hidden else None
+        moments = input_moments(seen, wanted, point) if recipe.needs_moment else None
         for role in roles:
             weight, bias = layer.linears[role].weight, layer.linears[role].bias
             bands = recipe.precision.weight_bands(index, role, shape)
@@ -207,6 +210,18 @@ def round_layer(
                 stream.advance(point)
     check_finite(hidden, index)
     return stored
+
+
+def clipped_inputs(
+    shape: Shape, layer: Layer, clipping: ClipSearch, hidden: Sequence[Tensor]
+) -> dict[Point, ActivationFormat]:
+    """The formats of a layer's inputs with their clips, from the unrounded layer on some of its inputs."""
+    stream, formats = Stream(dense(torch.float32), shape, layer, list(hidden[: clipping.windows])), {}
+    for point in READERS:
+        inputs = [stream.input(point, number) for number in range(len(stream.hidden))]
+        formats[point] = clipping.search(layer.inputs[point], inputs)
+        stream.advance(point)
+    return formats
 
 
 def input_moments(seen: Stream, wanted: Stream | None, point: Point) -> InputMoments:
@@ -262,7 +277,7 @@ def check_sizes(recipe: Recipe, shape: Shape) -> None:
                         "be summed only where weights are cut wherever inputs are"
                         f"{', and nowhere else' if per_head else ''}"
                     )
-        recipe.check_heads(index)
+        recipe.check_layer(index)
         precision.key_bands(index, shape)
         precision.value_bands(index, shape)
 

@@ -19,6 +19,7 @@ from resq.numerics.bands import INT4, INT4_INT8, INT8, Bands, Layout
 from resq.numerics.linear import PackedLinear
 from resq.numerics.maps import LinearMap
 from resq.progress import Progress
+from resq.ptq.clipping import ClipSearch
 
 if TYPE_CHECKING:
     from resq.models.source import Source
@@ -402,13 +403,14 @@ class Tuning(Protocol):
 @dataclass(frozen=True)
 class Recipe:
     """A method: `Recipe("resq", (pca(...), …), Precision(...), Gptq())`. tuning: applied to the bases' maps in order.
-    about: a line for people."""
+    clipping: of the activations' ranges. about: a line for people."""
 
     name: str
     basis: tuple[Basis, ...]
     precision: Precision
     rounding: Rounding
     tuning: tuple[Tuning, ...] = ()
+    clipping: ClipSearch | None = None
     about: str = ""
 
     def __post_init__(self) -> None:
@@ -417,32 +419,40 @@ class Recipe:
             if twice := taken & basis.sites:
                 raise InputError(f"recipe {self.name}: two bases change {min(twice)}; a site takes one map")
             taken |= basis.sites
-        self._check_bands()
+        self._check_order(None)
+        self.check_layer(0)
 
-    def _check_bands(self) -> None:
+    def check_layer(self, layer: int) -> None:
+        """Raises InputError where a layer is cut without a meaning, overrides included."""
+        self._check_order(layer)
+        self._check_heads(layer)
+
+    def _check_order(self, layer: int | None) -> None:
         """A band after a map that does not order coordinates is meaningless and refused."""
         ordered = frozenset[Site]().union(*(basis.orders for basis in self.basis))
         p = self.precision
-        cuts: Mapping[str, tuple[tuple[Layout | None, ...], tuple[Site, ...]]] = {
-            "inputs and weights": ((p.inputs, p.weights), (Site.RESIDUAL, Site.ATTN_NORM_OUT)),
-            "o_proj": ((p.inputs, p.weights), (Site.ATTN_OUT,)),
-            "heads of o_proj": ((p.inputs, p.weights), (Site.VALUE,)),
-            "down_proj": ((p.down_inputs, p.down_weights), (Site.MLP_HIDDEN,)),
-            "keys": ((p.key,), (Site.QUERY_KEY,)),
-            "values": ((p.value,), (Site.VALUE,)),
-            "columns of lm_head": ((p.head,), (Site.RESIDUAL,)),
+        o, down = (Point.O_IN, Role.O), (Point.DOWN_IN, Role.DOWN)
+        attention, mlp = ((point, *READERS[point]) for point in (Point.ATTN_IN, Point.MLP_IN))
+        cuts: Mapping[str, tuple[tuple[str, ...], tuple[Site, ...]]] = {
+            "inputs and weights": (attention, (Site.RESIDUAL, Site.ATTN_NORM_OUT)),
+            "inputs and weights of gate and up": (mlp, (Site.RESIDUAL, Site.MLP_NORM_OUT)),
+            "o_proj": (o, (Site.ATTN_OUT,)),
+            "heads of o_proj": (o, (Site.VALUE,)),
+            "down_proj": (down, (Site.MLP_HIDDEN,)),
+            "keys": (("key",), (Site.QUERY_KEY,)),
+            "values": (("value",), (Site.VALUE,)),
         }
-        for what, (layouts, sites) in cuts.items():
+        found = [(what, [p.layout(layer, name) for name in names], sites) for what, (names, sites) in cuts.items()]
+        for what, layouts, sites in (*found, ("columns of lm_head", [p.head], (Site.RESIDUAL,))):
             banded = any(layout is not None and layout.parts for layout in layouts)
             if banded and not ordered & set(sites):
                 raise InputError(
                     f"recipe {self.name}: {what} are cut into bands, but no basis orders the coordinates at "
                     f"{' or '.join(sites)}; use one band there or a basis that orders them"
                 )
-        self.check_heads(0)
 
-    def check_heads(self, layer: int) -> None:
-        """Raises InputError where values and o_proj's input, which share coordinates, are cut differently."""
+    def _check_heads(self, layer: int) -> None:
+        """Values and o_proj's input share coordinates: two cuts of them are refused."""
         p = self.precision
         value, output = p.layout(layer, "value"), finest(p.layout(layer, Point.O_IN), p.layout(layer, Role.O))
         if output is not None and value is not None and output.parts and value.parts and output.cut != value.cut:
@@ -476,6 +486,11 @@ class Recipe:
         return any(rounding.needs_moment for rounding in self.roundings)
 
     @property
+    def needs_windows(self) -> bool:
+        """Whether calibration windows are run through the layers as they are rounded."""
+        return self.needs_moment or self.clipping is not None
+
+    @property
     def sees_rounded(self) -> bool:
         """Whether a rounding wants inputs with activations and cache rounded."""
         return any(rounding.sees_rounded for rounding in self.roundings)
@@ -495,7 +510,7 @@ class Recipe:
         """Words for a manifest: name, basis, precision, rounding."""
         return {
             "name": self.name,
-            "basis": [str(part) for part in (*self.basis, *self.tuning)],
+            "basis": [str(part) for part in (*self.basis, *self.tuning, self.clipping) if part is not None],
             "precision": self.precision.describe(),
             "rounding": self.rounding_words,
         }
