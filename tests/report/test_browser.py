@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from resq.report.report import Written
 
-# A browser of one's own: CHROME=/path/to/chrome.
+# Beside one of one's own, CHROME=/path/to/chrome, and what fetch_browser.py puts into this folder.
+FETCHED = Path(__file__).parents[2] / "build" / "browser" / "chrome"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 SIZES = {"desktop": (1280, 900), "tablet": (768, 1024), "phone": (390, 844)}
 # What a page looks like from inside; text wider than its figure would be cut off.
@@ -45,7 +46,7 @@ LOOK = """() => {
 
 
 def executable() -> str | None:
-    found = [os.environ.get("CHROME"), *map(shutil.which, NAMES)]
+    found = [os.environ.get("CHROME"), str(FETCHED) if FETCHED.is_file() else None, *map(shutil.which, NAMES)]
     return next((path for path in found if path), None)
 
 
@@ -54,7 +55,7 @@ def browser() -> Iterator[Browser]:
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     path = executable()
     if path is None:
-        pytest.skip(f"no browser: install one of {', '.join(NAMES)}, or name one in CHROME")
+        pytest.skip("no browser; apt install chromium, or python tests/report/fetch_browser.py build/browser")
     with playwright.sync_playwright() as driver:
         started = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield started
