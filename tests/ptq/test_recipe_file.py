@@ -23,6 +23,7 @@ from resq.models.rope import Rope
 from resq.numerics.bands import INT4_INT8, Layout
 from resq.ptq.ablations import ABLATIONS
 from resq.ptq.basis.pca import Pca, at_random, haar
+from resq.ptq.clipping import ClipSearch
 from resq.ptq.pipeline import check_sizes
 from resq.ptq.recipe import Override, Recipe
 from resq.ptq.recipe_file import (
@@ -72,7 +73,9 @@ def test_every_option_comes_back(tmp_path: Path) -> None:
     precision = replace(RESQ.precision, weights=layout, inputs=layout, head=INT4_INT8, key=None, overrides=overrides)
     precision = replace(precision, value=layout, output_per_head=True, rotation_bits=8)
     basis = (Pca((Site.RESIDUAL, Site.VALUE), True, at_random, haar), *RESQ.basis[1:])
-    recipe = Recipe("mine+1.x_y-z", basis, precision, Gptq(correction=0.1), about='a "quoted" \\ line é 🌲')
+    recipe = Recipe(
+        "mine+1.x_y-z", basis, precision, Gptq(correction=0.1), (), ClipSearch((1.0, 0.9), 4), 'a "quoted" \\ line é 🌲'
+    )
     file = tmp_path / "r.toml"
     file.write_text(to_toml(recipe_to_dict(recipe)), encoding="utf-8")
     assert read_recipe(file, {}) == recipe
@@ -143,6 +146,12 @@ def test_what_a_file_does_not_name_stays_as_in_its_base() -> None:
     assert made(base="resq-paper", precision={"rotation_bits": 16}).precision.rotation_bits is None
     corrected = made(base="resq", rounding={"correction": 0.01})
     assert corrected.rounding == Gptq(correction=0.01)
+    clipped = made(base="resq", clipping={"windows": 2})
+    assert clipped.clipping == ClipSearch(windows=2)
+    assert recipe_from_dict({"base": "c", "clipping": False}, {"c": clipped}).clipping is None
+    assert recipe_from_dict({"base": "c", "clipping": {"ratios": [0.5]}}, {"c": clipped}).clipping == ClipSearch(
+        (0.5,), 2
+    )
     assert recipe_from_dict({"base": "c", "rounding": {"correction": False}}, {"c": corrected}).rounding == Gptq()
 
 
@@ -228,6 +237,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**R, "precision": {"rotation_bits": 5}}, r"precision: rotation_bits is 5; accepted are 16 .*"),
     ({**R, "precision": {"output_per_head": 1}}, r"precision: output_per_head is 1; .*boolean"),
     ({**R, "rank": {"residual": -1}}, r"rank: residual is -1; accepted are a count such as 64 and a share .*"),
+    ({**R, "clipping": {"ratio": [1.0]}}, r"clipping: unknown key 'ratio'; .*; did you mean ratios\?"),
     ({**R, "rank": {"keys": 1}}, r"rank: unknown key 'keys'; accepted are residual, value, key; did you mean key\?"),
     ({**R, "rounding": {"dampng": 1}}, r"rounding \(gptq\): unknown key 'dampng'; .*; did you mean damping\?"),
     ({**R, "rounding": {"method": "gtpq"}}, r"rounding: method is 'gtpq'; accepted are .*; did you mean gptq\?"),

@@ -21,6 +21,7 @@ from resq.numerics.bands import PACKABLE_BITS, Layout
 from resq.ptq.basis.fixed import GatherHeads, HadamardBasis
 from resq.ptq.basis.pca import Pca, at_random, by_magnitude, by_variance, haar, none, randomised_hadamard
 from resq.ptq.basis.peaks import OutliersLast, SearchStrength, Smooth
+from resq.ptq.clipping import ClipSearch
 from resq.ptq.learning import LearnRotations
 from resq.ptq.recipe import Override, Precision, Recipe, Rounding
 from resq.ptq.rounding.gptq import Gptq
@@ -119,6 +120,7 @@ class _File(_Table):
     rounding: dict[str, Any] | None = None
     basis: list[dict[str, Any]] | None = None
     tuning: list[dict[str, Any]] | None = None
+    clipping: dict[str, Any] | Literal[False] | None = None
     override: list[dict[str, Any]] | None = None
 
 
@@ -218,9 +220,14 @@ def recipe_from_dict(
                 for number, each in enumerate(tables, start=1)
             )
         )
+    clipping = base and base.clipping
+    if given.clipping is False:
+        clipping = None
+    elif given.clipping is not None:
+        clipping = fields_from(ClipSearch, given.clipping, f"{where}: clipping", clipping)
     about = given.about if given.about is not None else f"{base.name}, changed" if base is not None else ""
     try:
-        return Recipe(name, parts["basis"], precision, rounding, parts["tuning"], about)
+        return Recipe(name, parts["basis"], precision, rounding, tuning=parts["tuning"], clipping=clipping, about=about)
     except InputError as error:
         raise InputError(f"{where}: {error}") from error
 
@@ -236,6 +243,7 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         "about": recipe.about,
         "basis": [table_from(BASES, "kind", basis) for basis in recipe.basis],
         "tuning": [table_from(TUNINGS, "kind", tuning) for tuning in recipe.tuning],
+        "clipping": False if recipe.clipping is None else table_of(recipe.clipping),
         "precision": {
             **{name: layout_table(getattr(p, name)) for name in WIDTHS},
             "output_per_head": p.output_per_head,
@@ -354,8 +362,12 @@ def part_from(kinds: Mapping[str, type], label: str, table: Any, where: str, bef
         given = "is missing" if kind is None else f"is {shown(kind)}"
         near = nearest(kind, kinds) if isinstance(kind, str) else ""
         raise InputError(f"{where}: {label} {given}; accepted are {', '.join(kinds)}{near}")
-    part = kinds[kind]
-    found = checked(options(part), entries, f"{where} ({kind})")
+    return fields_from(kinds[kind], entries, f"{where} ({kind})", before)
+
+
+def fields_from(part: type, table: Any, where: str, before: Any = None) -> Any:
+    """A part from its fields; what the table does not name stays as in `before`, if that is one."""
+    found = checked(options(part), table, where)
     values = {}
     for key in found.model_fields_set:
         name, value = "on" if key == "sites" else key, getattr(found, key)
@@ -366,7 +378,7 @@ def part_from(kinds: Mapping[str, type], label: str, table: Any, where: str, bef
     try:
         return replace(before, **values) if isinstance(before, part) else part(**values)
     except InputError as error:
-        raise InputError(f"{where} ({kind}): {error}") from error
+        raise InputError(f"{where}: {error}") from error
 
 
 def table_from(kinds: Mapping[str, type], label: str, part: object) -> dict[str, Any]:
@@ -374,8 +386,13 @@ def table_from(kinds: Mapping[str, type], label: str, part: object) -> dict[str,
     kind = next((name for name, each in kinds.items() if type(part) is each), None)
     if kind is None:
         raise InputError(f"{part} is no part that a recipe file can name; those are {', '.join(kinds)}")
-    table: dict[str, Any] = {label: kind}
-    for field in fields(kinds[kind]):
+    return {label: kind, **table_of(part)}
+
+
+def table_of(part: Any) -> dict[str, Any]:
+    """The inverse of `fields_from`."""
+    table: dict[str, Any] = {}
+    for field in fields(part):
         if not field.init:
             continue
         value = getattr(part, field.name)
