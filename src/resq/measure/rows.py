@@ -52,15 +52,16 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
 
 def write_rows(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write a .jsonl file anew, in one piece: who reads it finds the old rows or the new ones."""
-    _replace(file, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON file in one piece."""
-    _replace(file, json.dumps(value, indent=1) + "\n")
+    write_text(file, json.dumps(value, indent=1) + "\n")
 
 
-def _replace(file: Path, text: str) -> None:
+def write_text(file: Path, text: str) -> None:
+    """Write a file in one piece. Raises InputError when that fails."""
     work = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         with open(work, "x", encoding="utf-8") as stream:

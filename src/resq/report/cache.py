@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from resq.errors import InputError
+from resq.measure.rows import write_json
 
 # Raised when a diagnostic computes something else than before.
 VERSION = 1
@@ -27,19 +25,7 @@ def kept(directory: Path, name: str, depends: dict[str, Any], compute: Callable[
     if found.get("key") == key and "value" in found:
         return found["value"]
     value = json.loads(json.dumps(compute()))  # what is read later is what is used now
-    partial = directory / f".{name}.{secrets.token_hex(4)}"
-    try:
-        directory.mkdir(exist_ok=True)
-        try:
-            with open(partial, "w", encoding="utf-8") as stream:
-                json.dump({"key": key, "depends": depends, "value": value}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(file)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{file} cannot be written: {error.strerror}; give a directory that can be written") from error
+    write_json(file, {"key": key, "depends": depends, "value": value})
     return value
 
 

@@ -63,10 +63,18 @@ class Evidence:
 
 
 class Laboratory:
-    """State: the source, its windows and moments, opened and computed when first asked for."""
+    """State: the source, its windows and moments, opened and computed when first asked for.
+
+    Raises InputError when nothing can be kept in the comparison's directory.
+    """
 
     def __init__(self, comparison: Comparison, progress: Progress) -> None:
         self.comparison, self.plan, self.progress = comparison, comparison.plan, progress
+        self.directory = comparison.directory / "diagnostics"
+        try:
+            self.directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(f"{self.directory} cannot be made: {error.strerror}; copy the comparison first") from error
 
     @cached_property
     def source(self) -> Source:
@@ -137,7 +145,7 @@ class Laboratory:
         rows_of: TypeAdapter[list[T]] = TypeAdapter(list[kind])  # pyright: ignore[reportInvalidTypeForm]
         try:
             rows = kept(
-                self.comparison.directory / "diagnostics",
+                self.directory,
                 name,
                 {**of, **depends},
                 lambda: rows_of.dump_python(list(compute()), mode="json"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from markupsafe import Markup
 from resq._version import __version__
 from resq.errors import InputError
 from resq.measure.diagnose.attribution import Attribution
+from resq.measure.rows import write_text
 from resq.progress import Progress, silent
 from resq.report import blame, quality, signal
 from resq.report.comparison import Comparison, clean, read, width_name
@@ -62,7 +61,7 @@ def report(directory: Path, out: Path | None = None, *, progress: Progress = sil
     }
     markdown = html.with_suffix(".md")
     for file, template in ((html, "page.html"), (markdown, "page.md")):
-        replace_file(file, rendered(template, page))
+        write_text(file, rendered(template, page))
     return Written(html, markdown, page["verdict"])
 
 
@@ -193,16 +192,3 @@ def rendered(template: str, page: Mapping[str, Any]) -> str:
     environment.tests["drawn"] = lambda item: isinstance(item, Figure)
     environment.filters["plain"] = markdown_text
     return environment.get_template(f"{template}.jinja").render(page)
-
-
-def replace_file(file: Path, text: str) -> None:
-    """Write a file as a whole or not at all."""
-    partial = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
-    try:
-        with open(partial, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
