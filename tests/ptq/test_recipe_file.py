@@ -73,8 +73,9 @@ def test_every_option_comes_back(tmp_path: Path) -> None:
     precision = replace(RESQ.precision, weights=layout, inputs=layout, head=INT4_INT8, key=None, overrides=overrides)
     precision = replace(precision, value=layout, output_per_head=True, rotation_bits=8)
     basis = (Pca((Site.RESIDUAL, Site.VALUE), True, at_random, haar), *RESQ.basis[1:])
+    about = 'a "quoted" \\ line é 🌲'
     recipe = Recipe(
-        "mine+1.x_y-z", basis, precision, Gptq(correction=0.1), (), ClipSearch((1.0, 0.9), 4), 'a "quoted" \\ line é 🌲'
+        "mine+1.x_y-z", basis, precision, Gptq(correction=0.1), about=about, clipping=ClipSearch((1.0, 0.9), 4)
     )
     file = tmp_path / "r.toml"
     file.write_text(to_toml(recipe_to_dict(recipe)), encoding="utf-8")
