@@ -139,7 +139,7 @@ def quantize(
             else CalibrationEntry(
                 origin=chosen.origin,
                 windows=windows,
-                rounding_windows=rounding if method.needs_moment else 0,
+                rounding_windows=rounding if method.needs_windows else 0,
                 window_length=tokens.shape[1],
                 tokens_sha256=chosen.sha256,
                 forward="float32, cpu",
@@ -171,7 +171,7 @@ def _windows(
     seed: int,
     recipe: Recipe,
 ) -> Windows | None:
-    if not recipe.needs and not recipe.needs_moment and not recipe.tuning:
+    if not recipe.needs and not recipe.needs_windows and not recipe.tuning:
         return None
     context = model.shape.max_positions
     length = min(DEFAULT_LENGTH, context) if length is None else length

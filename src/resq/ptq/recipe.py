@@ -410,8 +410,8 @@ class Recipe:
     precision: Precision
     rounding: Rounding
     tuning: tuple[Tuning, ...] = ()
-    clipping: ClipSearch | None = None
     about: str = ""
+    clipping: ClipSearch | None = None
 
     def __post_init__(self) -> None:
         taken: set[Site] = set()
