@@ -496,7 +496,7 @@ def assert_like_the_reference(source: Source, inputs: tuple[Tensor, ...], format
     Both take each step in float64 and round to float32 once, so they give the same number or neighbours, the latter
     about once in 10^8 numbers. From the same float32 numbers on, integers, scales and zero points are equal.
     """
-    bare = replace(format, bands=None, groups=1)
+    bare = replace(format, bands=None, groups=1, clip=None)
     plain, want = (source.run(ops, inputs, bare, norm) for ops in (CPU, REFERENCE))
     assert isinstance(plain, Tensor)
     assert isinstance(want, Tensor)
@@ -514,7 +514,7 @@ def assert_like_the_reference(source: Source, inputs: tuple[Tensor, ...], format
     got, theirs = source.run(CPU, inputs, format, norm), source.run(REFERENCE, inputs, format, norm)
     assert isinstance(got, Quantized)
     assert isinstance(theirs, Quantized)
-    own = quantize(plain, format.bands, groups=format.groups, scale_dtype=format.scale_dtype)
+    own = quantize(plain, format.bands, groups=format.groups, scale_dtype=format.scale_dtype, clip=format.clip)
     assert (got.bands, got.groups) == (format.bands, format.groups)
     for part in ("q", "scale", "zero"):
         mine = getattr(got, part)
@@ -530,7 +530,8 @@ def test_activations_become_the_references_integers(name: str, source: Source) -
     inputs = source.inputs(11, size)  # dense maps take 8 rows together
     for number, (bands, groups) in enumerate(cuts(size)):
         half = bands is not None and number % 2 == 1
-        format = ActivationFormat(map, bands, groups, torch.float16 if half else torch.float32)
+        clip = None if bands is None or number % 3 == 1 else (0.93, 0.8, 0.5)[: len(bands)]
+        format = ActivationFormat(map, bands, groups, torch.float16 if half else torch.float32, clip=clip)
         assert_like_the_reference(source, inputs, format, norm_of(size, number))
 
 
@@ -553,18 +554,63 @@ def awkward(size: int) -> Tensor:
     return torch.stack([row.float() for row in rows])
 
 
+def assert_rounded_alike(x: Tensor, format: ActivationFormat) -> Quantized:
+    got, want = CPU.gather_quantize(x, format), REFERENCE.gather_quantize(x, format)
+    assert isinstance(got, Quantized)
+    assert isinstance(want, Quantized)
+    for part in ("q", "scale", "zero"):
+        assert torch.equal(getattr(got, part), getattr(want, part)), part
+    return got
+
+
 @pytest.mark.parametrize("size", [1, 5, 16, 33, 64, 100])
 @pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", PACKABLE_BITS)
 def test_constants_and_extremes_are_rounded_as_in_the_reference(bits: int, scale_dtype: torch.dtype, size: int) -> None:
     x = awkward(size)
     for map in (None, shuffled(size)):
-        format = ActivationFormat(map, Bands.of((bits, size)), scale_dtype=scale_dtype)
-        got, want = CPU.gather_quantize(x, format), REFERENCE.gather_quantize(x, format)
-        assert isinstance(got, Quantized)
-        assert isinstance(want, Quantized)
-        for part in ("q", "scale", "zero"):
-            assert torch.equal(getattr(got, part), getattr(want, part)), part
+        assert_rounded_alike(x, ActivationFormat(map, Bands.of((bits, size)), scale_dtype=scale_dtype))
+
+
+# 1e-30: coordinates are 1e32 steps and more, some are infinitely many; 1e-46 is 0 in float32.
+CLIPS = (1.0, 0.93, 0.8, 0.5, 1e-3, 1e-6, 1e-30, 1e-46)
+
+
+@pytest.mark.parametrize("size", [1, 5, 33, 64, 100])
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_clipped_ranges_are_rounded_as_in_the_reference(bits: int, scale_dtype: torch.dtype, size: int) -> None:
+    x = awkward(size)
+    for clip in CLIPS:
+        format = ActivationFormat(bands=Bands.of((bits, size)), scale_dtype=scale_dtype, clip=(clip,))
+        got = assert_rounded_alike(x, format)
+        if clip == 1.0:
+            plain = CPU.gather_quantize(x, replace(format, clip=None))
+            assert isinstance(plain, Quantized)
+            assert torch.equal(got.q, plain.q)
+            assert torch.equal(got.scale, plain.scale)
+    for clips in ((0.8, 1.0), (0.93, 0.5)):
+        pair = Bands.of((bits, 2 * size), (PACKABLE_BITS[-1], 2 * size))
+        for groups in {1, 2, size}:
+            format = ActivationFormat(None, pair, groups, scale_dtype, clip=clips)
+            assert_rounded_alike(torch.cat([x, x.flip(0), x * 0.3, x.roll(1, 0)], dim=1), format)
+
+
+@pytest.mark.parametrize("bits", PACKABLE_BITS)
+def test_coordinates_outside_a_clipped_range_get_its_ends(bits: int) -> None:
+    top = 2**bits - 1
+    for size in (6, 70, 200):
+        for least, most in ((-1.0, 1.0), (-3e38, 1e37), (-1e-30, 1e-36), (-7.0, 0.0), (0.0, 5.0), (-1e4, 1e9)):
+            x = torch.stack([torch.linspace(least, most, size), torch.tensor([least, most] * (size // 2))])
+            for clip in (0.5, 1e-2, 1e-7, 1e-20):
+                got = assert_rounded_alike(x, ActivationFormat(bands=Bands.of((bits, size)), clip=(clip,)))
+                scale, zero = got.scale.double()[:, 0], got.zero.double()[:, 0]
+                if float(scale.min()) == 1.0:  # a range of nothing
+                    continue
+                steps = x.double() / scale
+                assert (got.q[steps < -zero - 1] == 0).all()
+                assert (got.q[steps > top - zero + 1] == top).all()
+                assert {0, top} >= set(got.q[1].unique().tolist()) - set(got.zero[1].flatten().tolist())
 
 
 def test_norms_and_gates_of_constants_and_extremes_stay_near_the_reference() -> None:
@@ -696,6 +742,9 @@ LAYERS: dict[str, Heads] = {
         16, 4, 2, key=ActivationFormat(bands=Bands.of((8, 16))), value=ActivationFormat(bands=Bands.of((3, 16)))
     ),
     "h2": heads_of(2, 2, 1, key=PLAIN, value=ActivationFormat(bands=Bands.of((4, 2)))),
+    "h64-clipped": heads_of(
+        64, 4, 2, key=replace(stored(64), clip=(0.8, 1.0)), value=replace(stored(64), clip=(0.93, 0.5)), map=turned(64)
+    ),
 }
 
 

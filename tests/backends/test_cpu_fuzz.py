@@ -65,6 +65,12 @@ class Dice(random.Random):
         """The same cut with other widths."""
         return Bands.of(*((self.choice(PACKABLE_BITS), band.size) for band in bands))
 
+    def clip(self, bands: Bands | None) -> tuple[float, ...] | None:
+        """None, or what the ranges of each band are multiplied by."""
+        if bands is None or self.random() < 0.4:
+            return None
+        return tuple(self.choice([1.0, 0.93, 0.8, 0.5, self.uniform(1e-3, 1)]) for _ in bands)
+
     def fresh(self) -> int:
         return self.randint(0, 2**31)
 
@@ -155,7 +161,7 @@ def one_activation(dice: Dice) -> None:
     bands = dice.choice([None, dice.bands(size, 4, groups)])
     half = dice.choice([torch.float32, torch.float16])
     bits = dice.choice([None, None, 8, 4])
-    format = ActivationFormat(map, bands, groups if bands else 1, half, bits)
+    format = ActivationFormat(map, bands, groups if bands else 1, half, bits, dice.clip(bands))
     source, rows = dice.choice(cpu.SOURCES), dice.choice([1, 2, 7, 8, 9, 17])
     shift = dice.fresh()
     inputs = tuple(
@@ -169,7 +175,9 @@ def one_activation(dice: Dice) -> None:
 def drawn_format(dice: Dice, size: int) -> ActivationFormat:
     if dice.random() < 0.2:
         return PLAIN
-    return ActivationFormat(bands=dice.bands(size, 4), scale_dtype=dice.choice([torch.float16, torch.float32]))
+    bands = dice.bands(size, 4)
+    scale_dtype = dice.choice([torch.float16, torch.float32])
+    return ActivationFormat(bands=bands, scale_dtype=scale_dtype, clip=dice.clip(bands))
 
 
 def one_attention(dice: Dice) -> None:

@@ -57,11 +57,11 @@ def layer_parts(seed: int) -> Parts:
             "attn_in": ActivationFormat(bands=Bands.of((3, 13), (4, 8), (8, 3))),
             "o_in": ActivationFormat(Permutation(torch.randperm(HIDDEN, generator=g)), Bands.of((4, 18), (8, 6)), 3),
             "mlp_in": ActivationFormat(PerHead(heads), map_input_bits=8),
-            "down_in": ActivationFormat(mixed, Bands.of((4, FFN))),
+            "down_in": ActivationFormat(mixed, Bands.of((4, FFN)), clip=(0.93,)),
         },
         heads=HeadFormats(
             query=ActivationFormat(turn),
-            key=ActivationFormat(turn, kv, scale_dtype=torch.float16),
+            key=ActivationFormat(turn, kv, scale_dtype=torch.float16, clip=(0.8, 1.0)),
             value=ActivationFormat(None, kv, scale_dtype=torch.float16),
         ),
         window=7 if seed else None,

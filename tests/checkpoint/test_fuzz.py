@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,10 @@ TRIALS = 400
 def test_random_damage_is_refused_or_harmless(text: Path, tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", hidden_size=32, intermediate_size=48, head_dim=8)
     packed = resq.quantize(source, tmp_path / "packed", calibration=[text], windows=8, window_length=32).directory
+    manifest = json.loads((packed / "resq.json").read_text("utf-8"))
+    for layer in manifest["layers"]:
+        layer["key"]["clip"] = [0.9] * len(layer["key"]["bands"])
+    (packed / "resq.json").write_text(json.dumps(manifest), "utf-8")
     tokens = torch.arange(3, 35)[None]
     before = resq.load(packed)(tokens)
     generator = torch.Generator().manual_seed(0)

@@ -139,6 +139,9 @@ def test_a_key_with_a_line_break_stays_on_one_line(edit: Edit) -> None:
         ("layers/0/inputs/down_in/map/inner", None),
         ("layers/0/inputs/o_in/map/kind", "rotation"),
         ("layers/0/key/scale_dtype", "bfloat16"),
+        ("layers/0/key/clip", 0.9),
+        ("layers/0/key/clip", ["0.9", 1.0]),
+        ("layers/0/key/clip", [0.9, None]),
         ("layers/0/norms/mlp_in/eps", "1e-6"),
     ],
 )
@@ -186,6 +189,13 @@ def test_bands_that_do_not_fit_their_tensors_are_named(edit: Edit, bands: list[l
         ("layers/0/inputs/down_in/map/inner", 2, "inputs.down_in"),
         ("layers/0/key/map/orthogonal", None, "key"),
         ("layers/0/query/map/size", 7, "query"),
+        ("layers/0/query/clip", [0.9], "query"),  # has no bands
+        ("layers/0/key/clip", [0.9], "key"),  # has two
+        ("layers/0/key/clip", [], "key"),
+        ("layers/0/key/clip", [0.9, 0], "key"),
+        ("layers/0/key/clip", [0.9, -0.5], "key"),
+        ("layers/0/key/clip", [0.9, 1.01], "key"),
+        ("layers/0/key/clip", [float("nan"), 1.0], "key"),
         ("ends/head_input/map/size", 7, "head_input"),
     ],
 )
@@ -262,6 +272,7 @@ def test_defaults_may_be_left_out(written: Path) -> None:
     def without_nulls(node: Any) -> Any:
         if isinstance(node, dict):
             optional = {"window", "golden", "map", "tensor", "orthogonal", "heads", "power", "order", "construction"}
+            optional |= {"clip"}
             kept = {k: v for k, v in node.items() if (v is not None or k not in optional) and (k, v) != ("inner", 1)}
             return {k: without_nulls(v) for k, v in kept.items()}
         return [without_nulls(v) for v in node] if isinstance(node, list) else node

@@ -67,11 +67,11 @@ def weights_of(linear: Entry, tensors: Tensors) -> np.ndarray:
     return integers_of(linear, tensors).astype(np.float32) * scale
 
 
-def round_range(x: np.ndarray, bits: int, scale_dtype: str) -> Rounded:
+def round_range(x: np.ndarray, bits: int, scale_dtype: str, clip: float = 1.0) -> Rounded:
     """x float32 [rows, n], one range a row."""
     one, top = np.float32(1), np.float32(2**bits - 1)
-    low = np.minimum(np.float32(0), x.min(axis=1, keepdims=True))
-    high = np.maximum(np.float32(0), x.max(axis=1, keepdims=True))
+    low = np.minimum(np.float32(0), x.min(axis=1, keepdims=True)) * np.float32(clip)
+    high = np.maximum(np.float32(0), x.max(axis=1, keepdims=True)) * np.float32(clip)
     scale = (high - low) * np.float32(1.0 / top)
     if scale_dtype == "float16":
         scale = np.minimum(scale, np.float32(65504)).astype(np.float16).astype(np.float32)
@@ -84,9 +84,10 @@ def round_range(x: np.ndarray, bits: int, scale_dtype: str) -> Rounded:
 
 def round_bands(x: np.ndarray, form: Entry) -> Rounded:
     parts, start = [], 0
-    for bits, size in form["bands"]:
+    clips = form["clip"] or [1.0] * len(form["bands"])
+    for (bits, size), clip in zip(form["bands"], clips, strict=True):
         for cut in np.split(x[:, start : start + size], form["groups"], axis=1):
-            parts.append(round_range(cut, bits, form["scale_dtype"]))
+            parts.append(round_range(cut, bits, form["scale_dtype"], clip))
         start += size
     q, scale, zero = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
     return q, scale, zero
@@ -317,7 +318,17 @@ MADE: dict[str, dict[str, Any]] = {
     "resq-w4a8kv4": {"recipe": "resq-w4a8kv4"},
     "resq-weight-only": {"recipe": "resq-weight-only"},
     "resq-kv": {"recipe": "resq-kv"},
+    "resq-4-clipped": {"recipe": "resq", "bits": 4, "clip": [0.7, 0.93]},
 }
+
+
+def clip_everything(directory: Path, clip: list[float]) -> None:
+    """Every range of a checkpoint is multiplied by its band's `clip`."""
+    manifest = json.loads((directory / "resq.json").read_text("utf-8"))
+    for layer in manifest["layers"]:
+        for form in (*layer["inputs"].values(), layer["key"], layer["value"]):
+            form["clip"] = clip[: len(form["bands"])]
+    (directory / "resq.json").write_text(json.dumps(manifest), "utf-8")
 
 
 @pytest.fixture(scope="module", params=MADE)
@@ -329,13 +340,15 @@ def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
     place = tmp_path_factory.mktemp("made")
     options = dict(MADE[request.param])
-    heads = options.pop("heads", 8)
+    heads, clip = options.pop("heads", 8), options.pop("clip", None)
     sizes = {"num_attention_heads": heads, "hidden_size": 8 * heads}
     dtype = "float16" if "3" in request.param else "bfloat16"
     source = make_checkpoint(place / "source", "qwen2", dtype=dtype, **sizes)
     (place / "text").write_text("the quick brown fox jumps over a lazy dog. " * 20, encoding="utf-8")
     out = place / "packed"
     resq.quantize(source, out, calibration=[place / "text"], windows=8, window_length=32, **options)
+    if clip is not None:
+        clip_everything(out, clip)
     return out
 
 
@@ -396,6 +409,9 @@ def test_the_examples_of_the_document_are_right() -> None:
     q, scale, zero = round_range(np.array([[-1, 0, 0.5, 2]], np.float32), 4, "float32")
     assert (q.tolist(), zero[0, 0]) == ([[0, 5, 7, 15]], 5)
     assert scale[0, 0] == pytest.approx(0.2)
+    q, scale, zero = round_range(np.array([[-1, 0, 0.5, 2]], np.float32), 4, "float32", 0.5)
+    assert (q.tolist(), zero[0, 0]) == ([[0, 5, 10, 15]], 5)
+    assert scale[0, 0] == pytest.approx(0.1)
 
 
 def test_every_manifest_key_is_documented() -> None:
@@ -413,8 +429,9 @@ def test_every_manifest_key_is_documented() -> None:
 
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
+@pytest.mark.parametrize("clip", [1.0, 0.93, 0.8, 1e-3])
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_activations_round_as_the_document_says(bits: int, scale_dtype: str) -> None:
+def test_activations_round_as_the_document_says(bits: int, clip: float, scale_dtype: str) -> None:
     import torch
 
     from resq.numerics.affine import asymmetric
@@ -423,8 +440,8 @@ def test_activations_round_as_the_document_says(bits: int, scale_dtype: str) -> 
     x = random.standard_normal((400, 33)) * 10.0 ** random.integers(-44, 38, (400, 1))
     x[:40], x[40:80], x[80] = np.abs(x[:40]), -np.abs(x[40:80]), 0
     x = x.astype(np.float32)
-    q, scale, zero = round_range(x, bits, scale_dtype)
-    theirs = asymmetric(torch.from_numpy(x), bits, getattr(torch, scale_dtype))
+    q, scale, zero = round_range(x, bits, scale_dtype, clip)
+    theirs = asymmetric(torch.from_numpy(x), bits, getattr(torch, scale_dtype), clip)
     assert np.array_equal(q, theirs[0].numpy())
     assert np.array_equal(scale[:, 0], theirs[1].numpy())
     assert np.array_equal(zero[:, 0], theirs[2].numpy())

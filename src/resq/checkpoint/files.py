@@ -118,6 +118,7 @@ class _Tensors:
             groups=format.groups,
             scale_dtype="float16" if format.scale_dtype == torch.float16 else "float32",
             map_input_bits=format.map_input_bits,
+            clip=None if format.clip is None else list(format.clip),
         )
 
 
@@ -413,7 +414,8 @@ class _Entries:
             raise CheckpointError(f"{self._file}: {name}: map_input_bits is {entry.map_input_bits}, no width of a band")
         if map is not None and bands is not None and bands.size != map.size:
             raise CheckpointError(f"{self._file}: {name}: bands of {bands.size} coordinates follow a map of {map.size}")
+        clip = None if entry.clip is None else tuple(entry.clip)
         try:
-            return ActivationFormat(map, bands, entry.groups, _DTYPES[entry.scale_dtype], entry.map_input_bits)
+            return ActivationFormat(map, bands, entry.groups, _DTYPES[entry.scale_dtype], entry.map_input_bits, clip)
         except InputError as error:
             raise CheckpointError(f"{self._file}: {name}: {error}") from error

@@ -40,6 +40,7 @@ class FormatEntry(_Strict):
     groups: int = Field(default=1, ge=1)
     scale_dtype: Literal["float32", "float16"] = "float32"
     map_input_bits: int | None = None
+    clip: list[float] | None = None
 
 
 class LinearEntry(_Strict):

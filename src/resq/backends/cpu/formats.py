@@ -93,10 +93,10 @@ def _native_format(format: ActivationFormat) -> NativeFormat:
     most = module().MAX_BANDS
     if len(pairs) > most:
         raise InputError(f"an activation has {len(pairs)} bands; the CPU backend takes up to {most}")
-    if format.clip is not None:
-        raise InputError("the CPU backend's kernels do not clip ranges yet; use --backend reference")
     half = format.scale_dtype == torch.float16
     handle = module().Format(pairs, format.groups, half, format.map_input_bits or 0)
+    if format.clip is not None:
+        handle.clip(list(format.clip))
     held = () if format.map is None else _set_map(handle, format.map)
     sizes = {part.size for part in (format.bands, format.map) if part is not None}
     if len(sizes) > 1:

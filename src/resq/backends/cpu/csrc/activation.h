@@ -148,11 +148,12 @@ RESQ_INLINE void round_all(const float* x, int64_t n, Rounding r, uint8_t* q) {
 }
 
 // One range: numerics/affine.py, asymmetric. -> q [n] and what a reader needs.
-RESQ_INLINE void quantize_range(const float* x, int64_t n, int bits, bool half_scale, uint8_t* q, float* scale_out,
-                                uint8_t* zero_out) {
+RESQ_INLINE void quantize_range(const float* x, int64_t n, int bits, float clip, bool half_scale, uint8_t* q,
+                                float* scale_out, uint8_t* zero_out) {
   const int top = (1 << bits) - 1;
   float low, high;
   extremes(x, n, &low, &high);
+  low *= clip, high *= clip;
   float range = high - low;
   range = range < 3.402823466e38f ? range : 3.402823466e38f;
   float scale = range * (float)(1.0 / top);
@@ -174,7 +175,7 @@ static void quantize_row(const Format& format, const float* x, uint8_t* q, float
     const int64_t step = band.size / format.groups;
     for (int64_t g = 0; g < format.groups; g++) {
       const int64_t at = band.begin + g * step;
-      quantize_range(x + at, step, band.bits, format.half_scale, q + at, scale++, zero++);
+      quantize_range(x + at, step, band.bits, band.clip, format.half_scale, q + at, scale++, zero++);
     }
   }
 }
@@ -689,7 +690,7 @@ RESQ_INLINE Input map_input(const Format& format, Input in, int64_t n, const Pro
   }
   float scale;
   uint8_t zero;
-  quantize_range(in.x, n, format.map_input_bits, false, s.q, &scale, &zero);
+  quantize_range(in.x, n, format.map_input_bits, 1.0f, false, s.q, &scale, &zero);
   return {nullptr, nullptr, s.q, (double)scale, (double)zero};
 }
 

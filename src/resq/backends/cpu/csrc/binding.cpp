@@ -34,7 +34,7 @@ Format make_format(const std::vector<std::pair<int, int64_t>>& bands, int64_t gr
   Format f;
   int64_t begin = 0;
   for (const auto& [bits, size] : bands) {
-    f.band[f.bands++] = {bits, begin, size};
+    f.band[f.bands++] = {bits, begin, size, 1};
     begin += size;
   }
   f.groups = groups;
@@ -118,6 +118,10 @@ NB_MODULE(_native, m) {
                           bool half_scale, int map_input_bits) {
         new (self) Format(make_format(bands, groups, half_scale, map_input_bits));
       }, "bands"_a, "groups"_a, "half_scale"_a, "map_input_bits"_a)
+      .def("clip", [](Format& f, const std::vector<float>& clip) {
+        if (clip.size() != (size_t)f.bands) throw nb::value_error("one clip a band");
+        for (int b = 0; b < f.bands; b++) f.band[b].clip = clip[(size_t)b];
+      })
       .def("permute", [](Format& f, int64_t n, Address index) {
         f.map.kind = MapKind::permutation;
         f.map.n = n;

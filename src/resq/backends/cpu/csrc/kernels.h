@@ -36,6 +36,7 @@ struct Map {
 struct Band {
   int bits = 0;  // 2, 3, 4, 6 or 8
   int64_t begin = 0, size = 0;
+  float clip = 1;  // what the ends of its ranges are multiplied by
 };
 
 // x -> (round to map_input_bits) -> map -> round in bands (numerics/formats.py: ActivationFormat).
