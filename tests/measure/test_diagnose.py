@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from resq.numerics.maps import Dense, Diagonal, LinearMap, PerHead, Permutation,
 from resq.progress import silent
 from resq.ptq.pipeline import fit_maps
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import Moments, Precision
+from resq.ptq.recipe import Moments, Override, Precision, Recipe
 from resq.ptq.recipes import RESQ, recipe_named
 from resq.ptq.statistics import collect
 
@@ -150,18 +151,18 @@ def test_buckets_of_positions_double_and_average() -> None:
 class Attributed:
     """A random model, a checkpoint of it, and the checkpoint's maps fitted again."""
 
-    def __init__(self, place: Path, recipe: str, **changes: object) -> None:
+    def __init__(self, place: Path, recipe: str | Recipe, **changes: Any) -> None:
         self.source = Source.open(make_checkpoint(place / "source", **changes))
         text = place / "text"
         text.write_text("the quick brown fox jumps over a lazy dog while it rains. " * 40, encoding="utf-8")
         tokenizer = load_tokenizer(self.source.path)
         tokens = sampled_windows([text], tokenizer, count=WINDOWS, length=LENGTH, seed=SEED).tokens
         self.windows = sampled_windows([text], tokenizer, count=6, length=40, seed=9).tokens
-        self.recipe = recipe_named(recipe)
+        self.recipe = recipe_named(recipe) if isinstance(recipe, str) else recipe
         self.made = resq.quantize(
             self.source.path,
             place / "packed",
-            recipe=recipe,
+            recipe=self.recipe,
             calibration=[text],
             windows=WINDOWS,
             window_length=LENGTH,
@@ -205,6 +206,16 @@ def test_a_checkpoint_of_rounded_weights_owes_everything_to_them(tmp_path: Path)
     assert found.layers[0].kl == pytest.approx(weights.kl, rel=0.02)
     assert found.whole.kl == pytest.approx(weights.kl, rel=0.02)
     assert ends.kl < 0.01 * weights.kl
+
+
+def test_a_layer_that_is_left_alone_costs_nothing(tmp_path: Path) -> None:
+    kept = Override("layers.0.*", skip=True)
+    recipe = replace(RESQ, precision=replace(RESQ.precision, overrides=(kept,)))
+    found = Attributed(tmp_path, recipe).attribution()
+    assert {part.name for part in found.parts} == {"weights", "inputs", "keys", "values", "ends"}
+    first, second = found.layers
+    assert first.kl < 0.01 * second.kl
+    assert found.whole.kl == pytest.approx(second.kl, rel=0.05)
 
 
 def test_another_basis_is_refused(tmp_path: Path) -> None:

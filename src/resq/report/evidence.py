@@ -26,10 +26,11 @@ from resq.measure.diagnose.snr import Snr, other_bases, snr
 from resq.measure.diagnose.spectra import Spectrum, spectra
 from resq.models.source import Source
 from resq.models.text import load_tokenizer, sampled_windows
+from resq.numerics.maps import LinearMap
 from resq.progress import Progress
 from resq.ptq.pipeline import Job, tuned_maps
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import Moments, Recipe
+from resq.ptq.recipe import At, Moments, Recipe
 from resq.ptq.recipes import recipe_named
 from resq.ptq.statistics import collect
 from resq.report.cache import kept
@@ -71,6 +72,7 @@ class Laboratory:
     def __init__(self, comparison: Comparison, progress: Progress) -> None:
         self.comparison, self.plan, self.progress = comparison, comparison.plan, progress
         self.directory = comparison.directory / "diagnostics"
+        self._tuned: dict[str, dict[At, LinearMap]] = {}
         try:
             self.directory.mkdir(exist_ok=True)
         except OSError as error:
@@ -127,16 +129,20 @@ class Laboratory:
         return recipe
 
     def placement(self, recipe: Recipe) -> Placement:
-        """The maps that the recipe gives, fitted as they were."""
-        plan, shape = self.plan, self.source.shape
-        rounding = (
-            min(DEFAULT_ROUNDING_WINDOWS, plan.windows) if plan.rounding_windows is None else plan.rounding_windows
-        )
-        job = Job(
-            recipe, self.calibration, rounding, self.comparison.seed, shape.tied and recipe.precision.head is None
-        )
-        maps, _ = tuned_maps(self.source, job, self.moments, self.progress)
-        return Placement(shape, maps, recipe.precision, recipe.folds_norms)
+        """The maps that the recipe gives, fitted as they were; what took a search or learning is held."""
+        maps = self._tuned.get(recipe.name)
+        if maps is None:
+            maps = self._fitted(recipe)
+            if recipe.tuning:
+                self._tuned[recipe.name] = maps
+        return Placement(self.source.shape, maps, recipe.precision, recipe.folds_norms)
+
+    def _fitted(self, recipe: Recipe) -> dict[At, LinearMap]:
+        plan, rounding = self.plan, self.plan.rounding_windows
+        rounding = min(DEFAULT_ROUNDING_WINDOWS, plan.windows) if rounding is None else rounding
+        keep_tied = self.source.shape.tied and recipe.precision.head is None
+        job = Job(recipe, self.calibration, rounding, self.comparison.seed, keep_tied)
+        return tuned_maps(self.source, job, self.moments, self.progress)[0]
 
     def keep(self, name: str, kind: type[T], compute: Callable[[], Sequence[T]], **depends: Any) -> list[T] | str:
         """Rows of a diagnostic from its file, computed if need be; in words why that cannot be."""

@@ -136,7 +136,7 @@ def signal_figures(comparison: Comparison, evidence: Evidence) -> Iterator[Draw]
     """SNR of every place that some recipe rounds, and of other choices of coordinates."""
     found, band = evidence.snr, width_name(comparison.width)
     if isinstance(found, str):
-        yield unless_missing("snr", "SNR by layer", found, lambda rows: Missing("", "", ""))
+        yield lambda: Missing("snr", "SNR by layer", found)
     else:
         for place in signal.PLACES:
             if any(row.place == place and row.db is not None for row in found):

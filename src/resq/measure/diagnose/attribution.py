@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from resq.backends.backend import Backend
 from resq.backends.choose import backend_named
 from resq.backends.reference import dense
+from resq.checkpoint.manifest import Manifest
 from resq.errors import InputError
 from resq.measure.diagnose.places import check_windows, embedded_windows
 from resq.measure.perplexity import LOGIT_BYTES, Interval, paired_interval
@@ -24,7 +25,7 @@ from resq.models import decoder
 from resq.models.architecture import Role, Site
 from resq.models.decoder import Ends, Layer, Positions
 from resq.models.source import Source
-from resq.numerics.linear import DenseLinear, Linear, PackedLinear
+from resq.numerics.linear import DenseLinear, PackedLinear
 from resq.progress import Progress, silent
 from resq.ptq.placement import Placement
 from resq.ptq.statistics import in_dtype
@@ -88,17 +89,12 @@ def without_bands(layer: Layer) -> Layer:
     return replace(layer, inputs=inputs, heads=heads)
 
 
-def is_rounded(linear: Linear) -> bool:
-    """Whether a stored linear is integers."""
-    return isinstance(linear, PackedLinear)
-
-
 def variants(packed: Layer, placed: Layer) -> dict[str, Layer]:
     """One kind of rounding each: `packed` as stored, `placed` the source's layer in the same basis, float32, its maps
     exact. Kinds that this layer does not round are left out."""
     plain = without_bands(placed)
     found: dict[str, Layer] = {}
-    if any(is_rounded(linear) for linear in packed.linears.values()):
+    if any(isinstance(linear, PackedLinear) for linear in packed.linears.values()):
         found["weights"] = replace(plain, linears=packed.linears)
     if any(format.bands is not None for format in packed.inputs.values()):
         found["inputs"] = replace(plain, inputs=packed.inputs)
@@ -112,6 +108,19 @@ def variants(packed: Layer, placed: Layer) -> dict[str, Layer]:
         heads = replace(packed.heads, key=replace(packed.heads.key, bands=None), value=plain.heads.value)
         found["rotation"] = replace(plain, heads=heads)
     return found
+
+
+def kinds_of(manifest: Manifest) -> list[str]:
+    """The kinds of rounding that some layer has."""
+    every = manifest.layers
+    there = {
+        "weights": any(linear.bands is not None for layer in every for linear in layer.linears.values()),
+        "inputs": any(format.bands is not None for layer in every for format in layer.inputs.values()),
+        "keys": any(layer.key.bands is not None for layer in every),
+        "values": any(layer.value.bands is not None for layer in every),
+        "rotation": any(layer.query.map_input_bits is not None for layer in every),
+    }
+    return [kind for kind, found in there.items() if found]
 
 
 def check_basis(packed: Layer, placed: Layer, index: int) -> None:
@@ -175,24 +184,21 @@ def attribute(
     stored = [F.embedding(window[None], packed_ends.embed).to(torch.float32) for window in windows]
     whole = _Stream("whole", lambda layers, index: layers.whole, stored)
     ends = _Stream("ends", lambda layers, index: layers.exact, stored)
-    parts: list[_Stream] = []
+    parts = [_Stream(kind, _only_kind(kind), turned(base)) for kind in kinds_of(checkpoint.manifest)]
     alone: list[_Stream] = []
-    done, total = 0, shape.layers * (shape.layers + 1) // 2
+    done, total = 0, shape.layers * (shape.layers + 1) // 2 + shape.layers * (len(parts) + 3)
     for index in range(shape.layers):
         original = source.layer(index)
         placed = in_dtype(placement.layer(original, index), torch.float32)
         packed = checkpoint.layer(index)
         check_basis(packed, placed, index)
         kinds = variants(packed, placed)
-        if index == 0:
-            parts = [_Stream(name, lambda layers, index, name=name: layers.kinds[name], turned(base)) for name in kinds]
-            total += shape.layers * (len(parts) + 3)
         layers = _Variants(
             (exact, without_bands(placed)),
             (ops, packed.prepacked(ops)),
             {name: (ops, layer.prepacked(ops)) for name, layer in kinds.items()},
         )
-        alone.append(_Stream(str(index), _only(index), turned(base)))
+        alone.append(_Stream(str(index), _only_layer(index), turned(base)))
         for stream in (whole, ends, *parts, *alone):
             run, layer = stream.variant(layers, index)
             stream.hidden = [decoder.forward_layer(run, shape, layer, states, at) for states in stream.hidden]
@@ -226,7 +232,11 @@ def attribute(
     return Attribution(tuple(kinds_found), tuple(layers_found), all_found, interaction)
 
 
-def _only(own: int) -> Callable[[_Variants, int], tuple[Backend, Layer]]:
+def _only_kind(kind: str) -> Callable[[_Variants, int], tuple[Backend, Layer]]:
+    return lambda layers, index: layers.kinds.get(kind, layers.exact)
+
+
+def _only_layer(own: int) -> Callable[[_Variants, int], tuple[Backend, Layer]]:
     return lambda layers, index: layers.whole if index == own else layers.exact
 
 
