@@ -102,7 +102,8 @@ def compare(plan: Plan, out: Path, *, progress: Progress = silent, tell: Tell = 
 
 
 def planned(plan: Plan) -> list[Case]:
-    """The cases of a plan in order. Raises InputError for an unknown recipe and for two of one name."""
+    """The cases of a plan in order. Raises InputError for an unknown recipe, for two of one name, and when none of them
+    can be had with its width."""
     found = {given: recipe_named(given).name for given in dict.fromkeys(plan.recipes)}
     cases = [
         Case(name, given, bits, seed)
@@ -115,7 +116,19 @@ def planned(plan: Plan) -> list[Case]:
         raise InputError("nothing to compare; name at least one recipe")
     if twice := {name for name in names if names.count(name) > 1}:
         raise InputError(f"two recipes have the name {min(twice)}; give the file's recipe another `name`")
+    reasons = [why for case in cases if (why := unmakeable(plan, case))]
+    if len(reasons) == len(cases):
+        raise InputError(reasons[0])
     return cases
+
+
+def unmakeable(plan: Plan, case: Case) -> str | None:
+    """Why a case's recipe cannot be had with its width, if it cannot."""
+    try:
+        plan.recipe(case)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def evaluation_windows(plan: Plan, source: Source) -> Windows:
@@ -224,7 +237,7 @@ class Work:
             return None
 
     def key(self, case: Case) -> dict[str, Any]:
-        """Everything that decides a case's figures. Raises InputError when the recipe cannot have that width."""
+        """Everything that decides a case's figures."""
         words = json.loads(json.dumps(self.plan.recipe(case).describe()))  # as JSON gives them back
         return {**self.common, "calibration": self.calibration, "recipe": words, "seed": case.seed}
 
@@ -262,12 +275,10 @@ class Work:
 
     def take(self, case: Case, tell: Tell) -> Row | None:
         """Keep the row of a case that is finished; a failed row when it cannot be made; None when it is to be made."""
-        try:
-            key = self.key(case)
-        except InputError as error:
-            self.rows[case.name] = self.failed(case, str(error))
+        if reason := unmakeable(self.plan, case):
+            self.rows[case.name] = self.failed(case, reason)
             return self.rows[case.name]
-        row = self.finished(case.name)
+        key, row = self.key(case), self.finished(case.name)
         if row is None:
             return None
         packed = (self.folder(case.name) / "checkpoint").is_dir()
@@ -329,10 +340,10 @@ class Work:
                     self.rows[name] = row
 
     def ordered(self) -> list[Row]:
-        """16-bit, then by recipe, width and seed: those of earlier calls first, then as this one names them."""
+        """16-bit, then by recipe (those of earlier calls first), from the widest low band down, and seed."""
         rows = [*self.earlier, *(self.rows[case.name] for case in self.cases if case.name in self.rows)]
-        recipes, widths = list(dict.fromkeys(r.recipe for r in rows)), list(dict.fromkeys(r.bits for r in rows))
-        rows.sort(key=lambda row: (recipes.index(row.recipe), widths.index(row.bits), row.seed))
+        recipes = list(dict.fromkeys(row.recipe for row in rows))
+        rows.sort(key=lambda row: (recipes.index(row.recipe), -(row.bits or 16), row.seed))
         return [*([] if self.base is None else [self.base]), *rows]
 
     def publish(self, state: str) -> None:

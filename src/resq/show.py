@@ -368,7 +368,9 @@ def compared(rows: Sequence[ComparedRow]) -> None:
     scale, unit = (1e9, "GB") if max(row.bytes or 0 for row in rows) >= 1e10 else (1e6, "MB")
     table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="bold", pad_edge=False)
     table.add_column("recipe", overflow="fold")
-    columns = ["low\nbits", "perpl-\nexity", "Δ nats\n± 95 %", "KL\nnats"]
+    widths = any(row.bits is not None for row in rows)
+    columns = ["low\nbits"] if widths else []
+    columns += ["perpl-\nexity", "Δ nats\n± 95 %", "KL\nnats"]
     columns += ["same\ntop 1"] if wide else []
     columns += ["true bits\nW/A/KV", f"\n{unit}", "quant.\ns"]
     columns += ["peak\nMB"] if wide else []
@@ -378,11 +380,11 @@ def compared(rows: Sequence[ComparedRow]) -> None:
     for before, row in zip([None, *rows], rows, strict=False):
         same = before is not None and before.recipe == row.recipe and before.seed == row.seed
         name = "" if same else f"{row.recipe}, seed {row.seed}" if row.seed else row.recipe
-        low = "" if row.bits is None else str(row.bits)
+        low = ["" if row.bits is None else str(row.bits)] if widths else []
         if row.perplexity is None:
-            table.add_row(name, low, "failed")
+            table.add_row(name, *low, "failed")
             continue
-        cells = [low, f"{row.perplexity:.2f}", *_distances(row, wide), _true_bits(row.ledger)]
+        cells = [*low, f"{row.perplexity:.2f}", *_distances(row, wide), _true_bits(row.ledger)]
         cells.append("" if row.bytes is None else f"{row.bytes / scale:.1f}")
         cells.append("" if row.quantize_seconds is None else f"{row.quantize_seconds:.1f}")
         if wide:

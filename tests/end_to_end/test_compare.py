@@ -154,6 +154,7 @@ def test_a_plan_that_cannot_be_carried_out_is_one_line(
         "no evaluation text": [],
         "did you mean resq?": ["--text", text, "--recipes", "rtn,rseq"],
         "--bits 'four'": ["--text", text, "--bits", "four"],
+        "2, 3, 4 and 6": ["--text", text, "--bits", 5],
         "at least one recipe": ["--text", text, "--recipes", ","],
         "no text at": ["--text", tmp_path / "nothing"],
         "at least 2": ["--text", text, "--evaluation-windows", 1],
