@@ -14,8 +14,10 @@ from tests.report.conftest import UNFRIENDLY
 
 from resq.compare import ROW, Row
 from resq.errors import InputError
+from resq.measure.diagnose.snr import Snr
 from resq.ptq.recipes import recipe_named
 from resq.report.report import SWEEP, Written, report
+from resq.report.signal import snr_by_layer
 
 
 def rows(directory: Path) -> list[Row]:
@@ -208,7 +210,31 @@ def test_ranks_are_drawn_where_they_were_swept(reported: Path) -> None:
         stream.writelines(json.dumps(row) + "\n" for row in swept)
     html = report(reported).html.read_text()
     assert "figure-ranks" in html
-    assert re.search(r"with 12\.5% of the coordinates in 8 bit to [\d.]+ with 25\.0%", html)
+    assert re.search(r"from 12\.5% of the coordinates in 8 bit to 25\.0% takes perplexity from [\d.]+ to [\d.]+", html)
+
+
+def test_lines_that_would_cover_each_other_are_drawn_once() -> None:
+    rows = [
+        Snr(name, layer, "key", db + layer)
+        for name, db in [("a" * 20, 20.0), ("b" * 20, 20.05), ("c" * 20, 20.08), ("far", 25.0)]
+        for layer in range(3)
+    ]
+    figure = snr_by_layer(rows, "key", "4 bit")
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", figure.svg)
+    assert f"{'a' * 20} and 2 more" in labels
+    assert "far" in labels
+    assert figure.finding == f"far has the highest mean, 26.0 dB; {'a' * 20} the lowest, 21.0 dB."
+    assert [row[0] for row in figure.table.rows] == ["a" * 20, "b" * 20, "c" * 20, "far"]
+
+
+def test_long_names_are_cut_in_drawings_and_whole_in_tables() -> None:
+    name = "a-recipe-of-my-own-with-a-name-that-goes-on-and-on-and-does-not-end-soon"
+    figure = snr_by_layer([Snr(name, layer, "key", 20.0) for layer in range(3)], "key", "4 bit")
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", figure.svg)
+    (label,) = [label for label in labels if label.startswith("a-recipe")]
+    assert len(label) < 50
+    assert label.endswith("…")
+    assert figure.table.rows[0][0] == name
 
 
 def test_the_command_writes_both_files_and_opens_nothing_unasked(

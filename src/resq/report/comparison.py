@@ -63,6 +63,12 @@ class Case:
         return self.row.delta
 
     @property
+    def kl(self) -> float:
+        """KL divergence of 16 bit from it, nats per token."""
+        assert self.row.kl is not None
+        return self.row.kl.mean
+
+    @property
     def book(self) -> Ledger:
         """True bits and bytes."""
         assert self.row.ledger is not None

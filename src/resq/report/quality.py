@@ -114,20 +114,21 @@ def ranks(swept: Sequence[tuple[float, Case]]) -> Figure:
         axes.set_ylabel("perplexity")
         legend_below(axes)
 
-    narrow = [(share, case.perplexity) for share, case in swept if case.bits == bands[-1]]
+    narrow = [(share, case) for share, case in swept if case.bits == bands[-1]]
     (least, before), (most, after) = narrow[0], narrow[-1]
-    falls = all(first[1] >= second[1] for first, second in pairwise(narrow))
+    falls = all(first.kl >= second.kl for (_, first), (_, second) in pairwise(narrow))
     finding = (
-        f"At {width_name(bands[-1])} perplexity goes from {before:.2f} with {least:.1%} of the coordinates in 8 bit to "
-        f"{after:.2f} with {most:.1%}, {'falling all the way' if falls else 'not falling all the way'}."
+        f"At {width_name(bands[-1])}, going from {least:.1%} of the coordinates in 8 bit to {most:.1%} takes "
+        f"perplexity from {before.perplexity:.2f} to {after.perplexity:.2f} and KL to 16 bit from {before.kl:.4f} to "
+        f"{after.kl:.4f}{', which falls all the way' if falls else ''}."
     )
-    rows = tuple((case.name, f"{share:.4f}", f"{case.perplexity:.3f}") for share, case in swept)
+    rows = tuple((case.name, f"{share:.4f}", f"{case.perplexity:.3f}", f"{case.kl:.4f}") for share, case in swept)
     return Figure(
         "ranks",
         "Perplexity against the rank of the 8-bit subspace",
         finding,
         draw("ranks", f"Line plot. {finding}", plot),
-        Table("Rank sweep", ("case", "share in 8 bit", "perplexity"), rows),
+        Table("Rank sweep", ("case", "share in 8 bit", "perplexity", "KL to 16 bit"), rows),
     )
 
 

@@ -12,7 +12,7 @@ from resq.measure.diagnose.massive import TIMES_MEDIAN, LayerOutliers
 from resq.measure.diagnose.snr import Snr, mean_db
 from resq.measure.diagnose.spectra import TOP, Spectrum
 from resq.report.figure import Figure, Table, decibels, listed
-from resq.report.svg import SERIES, TEXT, draw, legend_below, plain_log, style, whole_numbers
+from resq.report.svg import LEGEND, SERIES, TEXT, draw, legend_below, plain_log, style, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +43,7 @@ def snr_by_layer(rows: Sequence[Snr], place: str, band: str) -> Figure:
     def plot(axes: Axes) -> None:
         for group in groups:
             heights = [math.nan if (value := db.get((group[0], layer))) is None else value for layer in layers]
-            axes.plot(layers, heights, label=", ".join(group), **style(every.index(group[0])))
+            axes.plot(layers, heights, label=together(group), **style(every.index(group[0])))
         whole_numbers(axes)
         axes.set_xlabel("layer")
         axes.set_ylabel("SNR, dB (higher is better)")
@@ -84,6 +84,12 @@ def alike(names: Sequence[str], values: Mapping[str, Sequence[float | None]]) ->
         else:
             groups.append([name])
     return groups
+
+
+def together(names: Sequence[str]) -> str:
+    """Names for one line of a legend; the first and how many more where there is no room for all."""
+    every = ", ".join(names)
+    return every if len(every) <= LEGEND - 8 else f"{names[0]} and {len(names) - 1} more"
 
 
 def bases(rows: Sequence[Snr]) -> Figure:

@@ -60,9 +60,15 @@ def style(index: int) -> dict[str, Any]:
     return {"color": SERIES[index % len(SERIES)], "marker": MARKERS[(index + index // len(SERIES)) % len(MARKERS)]}
 
 
+def shortened(name: str, most: int) -> str:
+    """A name of at most `most` characters; tables have it whole."""
+    return name if len(name) <= most else f"{name[: most - 1]}…"
+
+
 def legend_below(axes: Axes) -> None:
     """The legend under the axis label, where it covers no data, in as many columns as fit."""
-    handles, labels = axes.get_legend_handles_labels()
+    handles, names = axes.get_legend_handles_labels()
+    labels = [shortened(name, LEGEND - 8) for name in names]
 
     def width(columns: int) -> int:
         # Columns are filled one after the other; a marker takes about as much as five characters.
@@ -94,7 +100,7 @@ def whole_numbers(axes: Axes) -> None:
 
 def dots(axes: Axes, lines: Sequence[str]) -> None:
     """One horizontal line for each name, the first on top."""
-    axes.set_yticks(range(len(lines)), lines)
+    axes.set_yticks(range(len(lines)), [shortened(line, LEGEND // 2) for line in lines])
     axes.set_ylim(len(lines) - 0.5, -0.5)
     axes.axvline(0, color=TEXT, linewidth=0.8)
     axes.tick_params(axis="y", length=0)

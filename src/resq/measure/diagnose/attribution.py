@@ -79,12 +79,12 @@ class _Variants:
 
 def without_bands(layer: Layer) -> Layer:
     """The same layer with unrounded inputs, keys, values and online maps' inputs."""
-    inputs = {point: replace(format, bands=None, groups=1) for point, format in layer.inputs.items()}
+    inputs = {point: replace(format, bands=None, groups=1, clip=None) for point, format in layer.inputs.items()}
     heads = replace(
         layer.heads,
         query=replace(layer.heads.query, map_input_bits=None),
-        key=replace(layer.heads.key, bands=None, map_input_bits=None),
-        value=replace(layer.heads.value, bands=None),
+        key=replace(layer.heads.key, bands=None, clip=None, map_input_bits=None),
+        value=replace(layer.heads.value, bands=None, clip=None),
     )
     return replace(layer, inputs=inputs, heads=heads)
 
@@ -105,7 +105,7 @@ def variants(packed: Layer, placed: Layer) -> dict[str, Layer]:
             exact = replace(format, map=getattr(plain.heads, name).map, map_input_bits=None)
             found[f"{name}s"] = replace(plain, heads=replace(plain.heads, **{name: exact}))
     if packed.heads.query.map_input_bits is not None:
-        heads = replace(packed.heads, key=replace(packed.heads.key, bands=None), value=plain.heads.value)
+        heads = replace(packed.heads, key=replace(packed.heads.key, bands=None, clip=None), value=plain.heads.value)
         found["rotation"] = replace(plain, heads=heads)
     return found
 

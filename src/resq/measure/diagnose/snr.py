@@ -114,7 +114,10 @@ def layer_snr(placement: Placement, visit: Visit) -> dict[Place, float | None]:
 
 @torch.inference_mode()
 def snr(source: Source, placements: Mapping[str, Placement], windows: Tensor, progress: Progress = silent) -> list[Snr]:
-    """Of every method (a name and its placement), layer and rounded place, on windows int64 [windows, length]."""
+    """Of every method (a name and its placement), layer and rounded place, on windows int64 [windows, length].
+
+    Ranges are not clipped: a recipe that searches clips does so while it rounds, after its placement.
+    """
     rows = []
     for visit in visits(source, windows, "measuring SNR", progress):
         for method, placement in placements.items():
