@@ -9,7 +9,17 @@ import torch
 
 from resq.errors import InputError
 from resq.numerics import hadamard, maps
-from resq.numerics.maps import Dense, Hadamard, LinearMap, PerHead, Permutation, as_reader, as_writer, random_orthogonal
+from resq.numerics.maps import (
+    Dense,
+    Diagonal,
+    Hadamard,
+    LinearMap,
+    PerHead,
+    Permutation,
+    as_reader,
+    as_writer,
+    random_orthogonal,
+)
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -186,6 +196,30 @@ def test_a_map_knows_whether_it_is_orthogonal() -> None:
         assert make().orthogonal
     assert not Dense(random(4, 4), orthogonal=False).orthogonal
     assert not PerHead(per_head(3, 8).matrices, random(3, 8)).orthogonal
+
+
+@pytest.mark.parametrize(
+    "map",
+    [Diagonal(random(24).abs() + 0.1), PerHead(per_head(3, 8).matrices, random(3, 8).abs() + 0.1)],
+    ids=["diagonal", "per head with scales"],
+)
+def test_a_map_with_factors_has_a_dual_with_their_inverses(map: Diagonal | PerHead) -> None:
+    assert (map.size, map.orthogonal) == (24, False)
+    x, w, bias = random(5, 24), random(7, 24), random(24)
+    # The factors lie within 0.1 … 4: up to 40 times the rounding of an orthogonal map.
+    assert close((map.apply(x) @ map.dual(w).T) / 40, x @ w.T / 40, x, w)
+    assert map.apply(x.to(torch.float32)).dtype == torch.float32
+    writer, moved = as_writer(map, random(24, 9), bias)
+    assert close((writer - map.apply(random(24, 9).T).T) / 40, torch.zeros(24, 9), bias)
+    assert moved is not None
+    assert torch.equal(moved, map.apply(bias))
+
+
+def test_a_diagonal_multiplies_every_coordinate() -> None:
+    map, x = Diagonal(torch.tensor([2.0, 0.5, 4.0])), torch.tensor([1.0, 2.0, 3.0])
+    assert map.apply(x).tolist() == [2.0, 1.0, 12.0]
+    assert as_reader(map, x[None]).tolist() == [[0.5, 4.0, 0.75]]
+    assert map.kind == "diagonal"
 
 
 def test_a_map_that_is_not_orthogonal_has_no_dual() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits, symmetric_scale
 from resq.numerics.bands import Bands
 from resq.ptq.recipe import InputMoments
-from resq.ptq.rounding.gptq import Gptq, inverse_factor
+from resq.ptq.rounding.gptq import Gptq, corrected, inverse_factor
 from resq.ptq.rounding.nearest import Nearest, scales
 
 CUTS = {
@@ -227,6 +229,117 @@ def test_a_zero_row_stays_zero_and_the_bias_is_kept(rounding: Gptq | Nearest) ->
     assert torch.equal(linear.bias, bias.float())
 
 
+@pytest.mark.parametrize("block", [1, 7, 128])
+@pytest.mark.parametrize("name", CUTS)
+def test_act_order_is_gptq_on_columns_permuted_inside_bands(name: str, block: int) -> None:
+    bands = CUTS[name]
+    weight, moment = problem(4)
+    # Column energies that fall and rise across the bands' edges: a global order would mix them.
+    factors = torch.rand(96, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.1
+    moment = moment * factors * factors[:, None]
+    rounding = Gptq(block=block, clip_search=False, act_order=True)
+    order = rounding.order(moment, bands)
+    assert order is not None
+    for cut in bands.slices():
+        part = order[cut]
+        assert part.sort().values.tolist() == list(range(cut.start, cut.stop))
+        assert bool((torch.diagonal(moment)[part].diff() <= 0).all())
+    scale = scales(weight, bands, clip_search=False)
+    rounded = rounding(weight, InputMoments(moment), bands, None)
+    want = plain_gptq(weight[:, order], moment[order][:, order], bands, scale, 0.01)
+    assert torch.equal(rounded.linear.integers()[:, order].double(), want)
+    assert torch.equal(rounded.linear.scale, scale)
+    natural = Gptq(block=block, clip_search=False)(weight, InputMoments(moment), bands, None)
+    assert not torch.equal(natural.linear.integers(), rounded.linear.integers())
+
+
+def test_equal_inputs_keep_their_order() -> None:
+    order = Gptq(act_order=True).order(torch.eye(96, dtype=torch.float64), CUTS["two-bands"])
+    assert order is not None
+    assert torch.equal(order, torch.arange(96))
+    assert Gptq().order(torch.eye(96), CUTS["two-bands"]) is None
+
+
+def streams(seed: int, size: int = 48, rows: int = 300) -> tuple[Tensor, Tensor, Tensor]:
+    """W [16, size], inputs X [rows, size] of the unrounded model and X̂ of the rounded one, float64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    exact = normal(rows, size // 4) @ normal(size // 4, size) + 0.3 * normal(rows, size)
+    # Errors that depend on the inputs, as those of layers before do.
+    return normal(16, size), exact, exact @ (torch.eye(size) + 0.05 * normal(size, size)) + 0.2 * normal(rows, size)
+
+
+def both_moments(exact: Tensor, seen: Tensor) -> InputMoments:
+    return InputMoments(seen.T @ seen, seen.T @ exact)
+
+
+@pytest.mark.parametrize("damping", [1e-6, 0.01, 1.0])
+def test_a_corrected_weight_is_the_damped_least_squares_solution(damping: float) -> None:
+    weight, exact, seen = streams(0)
+    found = corrected(weight, both_moments(exact, seen), damping)
+    root = (damping * (seen.T @ seen).diagonal().mean()).sqrt()
+    left = torch.cat([seen, root * torch.eye(48, dtype=torch.float64)])
+    right = torch.cat([exact @ weight.T, root * weight.T])
+    want = torch.linalg.lstsq(left, right, driver="gelsd").solution.T
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-9 * float(want.abs().max()))
+
+    def objective(w: Tensor) -> float:
+        return float((left @ w.T - right).square().sum())
+
+    generator = torch.Generator().manual_seed(1)
+    least = objective(found)
+    assert least < objective(weight)
+    for _ in range(5):
+        nudge = 1e-3 * torch.randn(found.shape, generator=generator, dtype=torch.float64)
+        assert objective(found + nudge) > least
+
+
+def test_rounding_a_corrected_weight_brings_outputs_nearer_to_the_unrounded_models() -> None:
+    for seed in range(3):
+        weight, exact, seen = streams(seed)
+        errors = []
+        for rounding in (Gptq(correction=0.01), Gptq()):
+            linear = rounding(weight, both_moments(exact, seen), Bands.of((4, 48)), None).linear
+            errors.append(float((seen @ linear.dequantize(torch.float64).T - exact @ weight.T).norm()))
+        assert errors[0] < errors[1]
+
+
+def test_a_correction_with_equal_inputs_changes_nothing() -> None:
+    weight, moment = problem(0)
+    bands = CUTS["two-bands"]
+    plain = Gptq()(weight, InputMoments(moment), bands, None)
+    fixed = Gptq(correction=0.01)(weight, InputMoments(moment, moment.clone()), bands, None)
+    assert torch.equal(fixed.target, weight)
+    assert torch.equal(fixed.linear.integers(), plain.linear.integers())
+    assert torch.equal(fixed.linear.scale, plain.linear.scale)
+
+
+def test_the_target_of_a_correction_is_the_corrected_weight() -> None:
+    weight, exact, seen = streams(0)
+    moments = both_moments(exact, seen)
+    rounded = Gptq(correction=0.05)(weight, moments, Bands.of((4, 48)), None)
+    assert torch.equal(rounded.target, corrected(weight, moments, 0.05))
+    assert (Gptq(correction=0.05).corrects, Gptq().corrects, Gptq(sees_rounded=True).sees_rounded) == (
+        True,
+        False,
+        True,
+    )
+
+
+@pytest.mark.parametrize("changes", [{"damping": 0.0}, {"damping": -1.0}, {"block": 0}, {"correction": 0.0}])
+def test_impossible_settings_are_refused(changes: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="GPTQ takes a block of at least 1 and positive dampings, got "):
+        replace(Gptq(), **changes)
+
+
 def test_the_name_says_every_setting() -> None:
     assert str(Gptq(damping=0.05, block=64)) == "gptq, damping 0.05, block 64, clip search on"
+    changed = Gptq(clip_search=False, act_order=True, sees_rounded=True, correction=0.1)
+    assert str(changed) == (
+        "gptq, damping 0.01, block 128, clip search off, act-order inside bands, Hessians of rounded inputs, "
+        "weights corrected with damping 0.1"
+    )
     assert str(Nearest(clip_search=False)) == "nearest, clip search off"
