@@ -22,7 +22,18 @@ from resq.numerics.affine import quantize
 from resq.numerics.bands import INT4_INT8, Bands
 from resq.numerics.maps import Dense, LinearMap, PerHead, random_orthogonal
 from resq.numerics.moments import eigenbasis, second_moment
-from resq.ptq.basis.pca import pca, rotated
+from resq.ptq.basis.pca import (
+    Pick,
+    Rotation,
+    at_random,
+    by_magnitude,
+    by_variance,
+    haar,
+    none,
+    pca,
+    randomised_hadamard,
+    rotated,
+)
 from resq.ptq.placement import fold_norms
 from resq.ptq.recipe import At, Moments, Setting
 from resq.ptq.recipes import RESQ
@@ -192,6 +203,77 @@ def attention_inputs(source: Source, tokens: Tensor) -> Tensor:
         inputs.append(decoder.attention_input(ops, layer, hidden).flatten(0, 1))
         hidden = decoder.forward_layer(ops, source.shape, layer, hidden, at)
     return torch.stack(inputs)
+
+
+ROTATIONS = {"haar": haar, "randomised_hadamard": randomised_hadamard, "none": none}
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS)
+@pytest.mark.parametrize("pick", [by_variance, by_magnitude, at_random])
+def test_every_pick_and_rotation_gives_orthogonal_maps_that_follow_from_the_seed(
+    pick: Pick, rotation: Rotation
+) -> None:
+    setting = Setting(small_shape(), RESQ.precision, 0)
+    basis = pca(*EVERY, pick=pick, rotation=rotation)
+    first, again = (matrices(basis.fit(small_moments(), setting)) for _ in range(2))
+    for key, turn in first.items():
+        assert torch.equal(turn, again[key])
+        identity = torch.eye(len(turn), dtype=torch.float64)
+        torch.testing.assert_close(turn.T @ turn, identity, rtol=0, atol=1e-13)
+    other = matrices(basis.fit(small_moments(), replace(setting, seed=1)))
+    drawn = pick is at_random or rotation is not none
+    assert all(not torch.equal(turn, other[key]) for key, turn in first.items()) == drawn
+
+
+@pytest.mark.parametrize("rotation", ROTATIONS.values(), ids=ROTATIONS)
+def test_a_pick_decides_the_subspace_and_no_rotation_changes_it(rotation: Rotation) -> None:
+    moments, setting = small_moments(), Setting(small_shape(), RESQ.precision, 0)
+    held = {}
+    for pick in (by_variance, by_magnitude, at_random):
+        found = matrices(pca(*EVERY, pick=pick, rotation=rotation).fit(moments, setting))
+        plain = matrices(pca(*EVERY, pick=pick, rotation=none).fit(moments, setting))
+        for (at, head), turn in found.items():
+            cut = setting.bands(at).slices()[-1]
+            assert energy(moment_at(moments, at, head), turn[:, cut]) == pytest.approx(
+                energy(moment_at(moments, at, head), plain[at, head][:, cut]), rel=1e-10
+            )
+        held[pick] = energy(moments_residual(moments), found[At(Site.RESIDUAL), 0][:, -8:])
+    powers = torch.diagonal(moments_residual(moments)).sort().values
+    assert held[by_variance] == pytest.approx(float(torch.linalg.eigvalsh(moments_residual(moments))[-8:].sum()))
+    assert held[by_magnitude] == pytest.approx(float(powers[-8:].sum()))
+    assert held[by_variance] > held[by_magnitude] > held[at_random]
+
+
+def moments_residual(moments: Moments) -> Tensor:
+    return parts_of(moments)[0]
+
+
+def test_without_a_rotation_the_basis_is_the_pick_itself() -> None:
+    moments, setting = small_moments(), Setting(small_shape(), RESQ.precision, 0)
+    found = matrices(pca(*EVERY, rotation=none).fit(moments, setting))
+    assert all(torch.equal(turn, eigenbasis(moment_at(moments, at, head))[1]) for (at, head), turn in found.items())
+    turn = matrices(pca(Site.RESIDUAL, pick=by_magnitude, rotation=none).fit(moments, setting))[At(Site.RESIDUAL), 0]
+    assert torch.equal(turn.sum(dim=0), torch.ones(64, dtype=torch.float64))
+    powers = torch.diagonal(moments_residual(moments))
+    assert bool((torch.diagonal(turn.T @ torch.diag(powers) @ turn).diff() >= 0).all())
+
+
+@pytest.mark.parametrize("size", [8, 32, 56, 224])
+def test_a_randomised_hadamard_matrix_of_a_bands_size_spreads_every_coordinate_evenly(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    turn = randomised_hadamard(size, generator)
+    torch.testing.assert_close(turn.abs(), torch.full_like(turn, size**-0.5), rtol=1e-12, atol=0)
+    assert not torch.equal(turn, randomised_hadamard(size, generator))
+
+
+def test_a_basis_says_what_it_picks_and_how_it_rotates_where_that_is_not_usual() -> None:
+    assert str(pca(Site.VALUE, pick=by_magnitude)) == "pca(value, picked by_magnitude, rotation haar)"
+    assert str(pca(Site.VALUE, rotation=none)) == "pca(value, picked by_variance, rotation none)"
+
+
+def test_a_site_without_a_moment_is_refused() -> None:
+    with pytest.raises(InputError, match=r"\Apca has no map for mlp_hidden; it has for residual, value, query_key\Z"):
+        pca(Site.VALUE, Site.MLP_HIDDEN)
 
 
 def test_the_same_seed_gives_the_same_maps_and_another_seed_others() -> None:

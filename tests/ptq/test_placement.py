@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resq.backends.reference import dense
 from resq.errors import InputError
-from resq.models.architecture import Point, Role, Shape, Site
+from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.rope import Rope
 from resq.models.source import Source
 from resq.models.text import load_tokenizer, sampled_windows
@@ -184,6 +184,53 @@ def test_a_diagonal_before_down_goes_into_up(checkpoint: Callable[..., Path]) ->
     assert layer.inputs[Point.DOWN_IN].map is None
     assert torch.equal(layer.linears[Role.UP].weight, plain.linears[Role.UP].weight.double() * scales[:, None])
     assert change(float64_logits(source, tokens, placement), float64_logits(source, tokens)) <= UNCHANGED
+
+
+@pytest.mark.parametrize("folds", [False, True])
+def test_a_diagonal_after_a_norm_goes_into_its_gain_and_leaves_its_readers(
+    folds: bool, checkpoint: Callable[..., Path]
+) -> None:
+    source, tokens = Source.open(checkpoint("qwen2")), random_tokens(2, 20)
+    generator, maps = torch.Generator().manual_seed(3), dict[At, LinearMap]()
+    for layer in range(source.shape.layers):
+        for site in (Site.ATTN_NORM_OUT, Site.MLP_NORM_OUT):
+            scales = torch.rand(source.shape.hidden, generator=generator, dtype=torch.float64) + 0.5
+            maps[At(site, layer)] = Diagonal(scales)
+    if folds:
+        maps[At(Site.RESIDUAL)] = Dense(random_orthogonal(source.shape.hidden, generator))
+    placement = Placement(source.shape, maps, RESQ.precision, folds=folds)
+    layer, plain = placement.layer(source.layer(1), 1), source.layer(1)
+    for point, site in ((Point.ATTN_IN, Site.ATTN_NORM_OUT), (Point.MLP_IN, Site.MLP_NORM_OUT)):
+        map = maps[At(site, 1)]
+        assert isinstance(map, Diagonal)
+        assert layer.inputs[point].map is None
+        gain = there(plain.norms[point].gain).double()
+        assert torch.equal(there(layer.norms[point].gain), map.scales if folds else gain * map.scales)
+        if not folds:
+            for role in READERS[point]:
+                assert torch.equal(layer.linears[role].weight, plain.linears[role].weight.double() / map.scales)
+    want = float64_logits(source, tokens)
+    for keep_tied in (False, True):
+        assert change(float64_logits(source, tokens, placement, keep_tied=keep_tied), want) <= UNCHANGED
+
+
+@pytest.mark.parametrize("site", [Site.ATTN_NORM_OUT, Site.MLP_NORM_OUT])
+def test_any_other_map_after_a_norm_is_online(site: Site, checkpoint: Callable[..., Path]) -> None:
+    source, tokens = Source.open(checkpoint("qwen2")), random_tokens(2, 20)
+    point = Point.ATTN_IN if site is Site.ATTN_NORM_OUT else Point.MLP_IN
+    size, generator = source.shape.hidden, torch.Generator().manual_seed(3)
+    every: list[LinearMap] = [
+        Dense(random_orthogonal(size, generator)),
+        Permutation(torch.randperm(size, generator=generator)),
+        Hadamard(hadamard.plan(size)),
+    ]
+    for map in every:
+        maps = {At(site, layer): map for layer in range(source.shape.layers)}
+        placement = Placement(source.shape, maps, RESQ.precision, folds=False)
+        layer, plain = placement.layer(source.layer(0), 0), source.layer(0)
+        assert layer.inputs[point].map is map
+        assert torch.equal(there(layer.norms[point].gain), there(plain.norms[point].gain).double())
+        assert change(float64_logits(source, tokens, placement), float64_logits(source, tokens)) <= UNCHANGED
 
 
 def test_maps_that_do_not_commute_with_what_follows_are_refused_by_their_site() -> None:
