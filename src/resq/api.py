@@ -21,7 +21,6 @@ from resq.errors import InputError
 from resq.measure.card import model_card
 from resq.models.source import Source
 from resq.models.text import Windows, load_tokenizer, sampled_windows
-from resq.numerics.bands import PACKABLE_BITS
 from resq.progress import Progress, silent
 from resq.ptq.pipeline import Job, LinearReport
 from resq.ptq.pipeline import quantize as run_pipeline
@@ -62,8 +61,8 @@ def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: float | None)
     recipe = recipe_named(name) if isinstance(name, str) else name
     precision = recipe.precision
     if bits is not None:
-        if bits not in PACKABLE_BITS or bits > 6:
-            raise InputError(f"--bits {bits} cannot be packed; accepted are 2, 3, 4 and 6")
+        if bits not in (2, 3, 4, 6):
+            raise InputError(f"--bits {bits} is no width of the low band; accepted are 2, 3, 4 and 6")
         precision = precision.with_low(bits)
     if head_bits is not None:
         precision = precision.with_head(head_bits)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resq.backends.cpu import native
+from resq.numerics.affine import symmetric_limits
 from resq.numerics.bands import Bands
 from resq.numerics.formats import ActivationFormat
 from resq.numerics.linear import PackedLinear
@@ -22,12 +23,15 @@ def integers(low: int, high: int, *shape: int, seed: int = 0) -> Tensor:
     return torch.randint(low, high + 1, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def weights(bits: int, *shape: int, seed: int = 0) -> Tensor:
+    """Random integers of a weight of `bits`."""
+    drawn = integers(*symmetric_limits(bits), *shape, seed=seed)
+    return drawn.where(drawn != 0, 1) if bits == 1 else drawn
+
+
 def packed(bands: Bands, out: int, *, bias: bool = True, seed: int = 0) -> PackedLinear:
     """Random integers over each band's whole range, extremes included."""
-    parts = [
-        integers(-(2 ** (band.bits - 1)), 2 ** (band.bits - 1) - 1, out, band.size, seed=seed + index)
-        for index, band in enumerate(bands)
-    ]
+    parts = [weights(band.bits, out, band.size, seed=seed + index) for index, band in enumerate(bands)]
     scale = normal(out, len(bands), seed=seed).abs() + 0.01
     return PackedLinear.from_integers(torch.cat(parts, dim=1), scale, bands, normal(out, seed=seed) if bias else None)
 
@@ -43,6 +47,7 @@ CUTS = {
     "other-widths": (Bands.of((8, 35), (4, 5)), Bands.of((3, 35), (6, 5)), 1),
     "one-8-bit-input-band": (Bands.of((8, 40)), Bands.of((4, 35), (8, 5)), 1),
     "finer-weights": (Bands.of((4, 32), (8, 8)), Bands.of((2, 8), (4, 24), (6, 3), (8, 5)), 1),
+    "iso-3-bit": (Bands.of((1, 5), (3, 30), (5, 5)), Bands.of((1, 5), (3, 30), (5, 5)), 1),
     "heads": (Bands.of((4, 32), (8, 8)), Bands.of((4, 32), (8, 8)), 4),
     "one-band-of-heads": (Bands.of((4, 40)), Bands.of((4, 40)), 8),
 }

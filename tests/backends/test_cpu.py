@@ -31,7 +31,7 @@ from resq.backends.reference import REFERENCE, UnpackedLinear
 from resq.backends.reference import accumulate as reference_accumulate
 from resq.errors import InputError
 from resq.numerics import hadamard
-from resq.numerics.affine import Quantized, quantize
+from resq.numerics.affine import Quantized, quantize, symmetric_limits
 from resq.numerics.bands import PACKABLE_BITS, Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, PackedLinear
@@ -67,8 +67,10 @@ LONGER = CUTS | {
     "three-bands": (THREE, THREE, 1),
     "three-bands-of-heads": (HEADS, HEADS, 4),
     "a-coordinate-a-group": (Bands.of((4, 24), (8, 24)), Bands.of((4, 24), (8, 24)), 24),
-    "every-width": (Bands.of((8, 55)), Bands.of((2, 7), (3, 9), (4, 11), (6, 13), (8, 15)), 1),
+    "every-width": (Bands.of((8, 80)), Bands.of((2, 7), (3, 9), (4, 11), (6, 13), (8, 15), (1, 12), (5, 13)), 1),
     "one-column": (Bands.of((8, 1)), Bands.of((3, 1)), 1),
+    "one-bit": (Bands.of((1, 77)), Bands.of((1, 77)), 1),
+    "iso-3-bit-of-heads": (Bands.of((1, 16), (3, 96), (5, 16)), Bands.of((1, 16), (3, 96), (5, 16)), 8),
 }
 # Around the rows that kernels take together (2, 12, 16, 32) and where they change their ways (5, 13).
 ROWS = (0, 1, 2, 3, 4, 5, 12, 13, 17, 33)
@@ -131,7 +133,7 @@ def test_accumulated_integers_are_the_references(name: str) -> None:
 @pytest.mark.parametrize("w_bits", PACKABLE_BITS)
 @pytest.mark.parametrize("q_bits", PACKABLE_BITS)
 def test_accumulated_integers_are_exact_at_the_ends_of_every_width(q_bits: int, w_bits: int) -> None:
-    size, low, high, top = 1100, -(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1, 2**q_bits - 1
+    size, (low, high), top = 1100, symmetric_limits(w_bits), 2**q_bits - 1
     turns = torch.arange(size) % 2
     weights = torch.stack([torch.full((size,), low), torch.full((size,), high), low + turns * (high - low)] * 12)
     linear = PackedLinear.from_integers(weights, torch.ones(36, 1), Bands.of((w_bits, size)))
@@ -452,6 +454,7 @@ def cuts(size: int) -> list[tuple[Bands | None, int]]:
         rest = size - size // 7 - 3
         found += [(Bands.of((4, size - size // 7), (8, size // 7)), 1)]
         found += [(Bands.of((2, size // 7), (3, rest), (6, 3)), 1), (Bands.of((8, size)), size)]
+        found += [(Bands.of((1, size // 7), (3, rest), (5, 3)), 1)]
     if size % 8 == 0:
         found += [(Bands.of((4, size // 2), (8, size // 2)), 4)]
     return found
@@ -727,6 +730,12 @@ def uneven(size: int) -> ActivationFormat:
     return ActivationFormat(bands=Bands.of((2, 3), (3, 1), (6, 5), (4, size - 14), (8, 5)))
 
 
+def iso(size: int) -> ActivationFormat:
+    """The cut of resq-246 at 3 bits."""
+    eighth = size // 8
+    return ActivationFormat(bands=Bands.of((1, eighth), (3, size - 2 * eighth), (5, eighth)), scale_dtype=torch.float16)
+
+
 LAYERS: dict[str, Heads] = {
     "h6-gqa-2": heads_of(6, 4, 2),
     "h16-mha-hadamard": heads_of(16, 4, 4, map=turned(16)),
@@ -742,6 +751,14 @@ LAYERS: dict[str, Heads] = {
         16, 4, 2, key=ActivationFormat(bands=Bands.of((8, 16))), value=ActivationFormat(bands=Bands.of((3, 16)))
     ),
     "h2": heads_of(2, 2, 1, key=PLAIN, value=ActivationFormat(bands=Bands.of((4, 2)))),
+    "h64-iso": heads_of(64, 4, 2, key=iso(64), value=iso(64), map=turned(64)),
+    "h10-odd-one-and-five-bits": heads_of(
+        10,
+        2,
+        1,
+        key=ActivationFormat(bands=Bands.of((1, 7), (5, 3))),
+        value=ActivationFormat(bands=Bands.of((5, 3), (1, 7)), scale_dtype=torch.float16),
+    ),
     "h64-clipped": heads_of(
         64, 4, 2, key=replace(stored(64), clip=(0.8, 1.0)), value=replace(stored(64), clip=(0.93, 0.5)), map=turned(64)
     ),

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from tests.backends.cases import CUTS, integers, naive_attention, normal, packed, stored_format
+from tests.backends.cases import CUTS, integers, naive_attention, normal, packed, stored_format, weights
 from tests.conftest import Kept, make_checkpoint
 from torch import Tensor
 
@@ -31,7 +31,7 @@ from resq.models.architecture import Shape
 from resq.models.decoder import Ends, Layer
 from resq.models.source import Source
 from resq.numerics import hadamard
-from resq.numerics.affine import Quantized, quantize
+from resq.numerics.affine import Quantized, quantize, symmetric_limits
 from resq.numerics.bands import PACKABLE_BITS, Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, PackedLinear
@@ -70,8 +70,9 @@ def unpacked(linear: PackedLinear) -> UnpackedLinear:
 def test_integer_products_are_exact_for_long_rows_of_every_width(q_bits: int, w_bits: int) -> None:
     inner = 30_011
     q = integers(0, 2**q_bits - 1, 3, inner)
-    w = integers(-(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1, 4, inner, seed=1)
-    q[0], w[0], w[1] = 2**q_bits - 1, -(2 ** (w_bits - 1)), 2 ** (w_bits - 1) - 1  # the largest sums there are
+    w = weights(w_bits, 4, inner, seed=1)
+    q[0] = 2**q_bits - 1
+    w[0], w[1] = symmetric_limits(w_bits)  # the largest sums there are
     got = integer_matmul(q.to(torch.uint8), w.to(torch.int8), q_bits, w_bits)
     assert got.dtype == torch.float64
     assert torch.equal(got.to(torch.int64), q @ w.T)

@@ -29,6 +29,7 @@ LAYERS = 2
 
 def packed(generator: torch.Generator, out: int, *bands: tuple[int, int], bias: bool = False) -> PackedLinear:
     integers = [torch.randint(-(2 ** (b - 1)), 2 ** (b - 1), (out, n), generator=generator) for b, n in bands]
+    integers = [part * 2 + 1 if b == 1 else part for part, (b, _) in zip(integers, bands, strict=True)]
     scale = torch.rand(out, len(bands), generator=generator)
     return PackedLinear.from_integers(
         torch.cat(integers, dim=1), scale, Bands.of(*bands), torch.randn(out, generator=generator) if bias else None
@@ -48,7 +49,7 @@ def layer_parts(seed: int) -> Parts:
             "k": packed(g, HEAD, (2, HIDDEN)),
             "v": DenseLinear(torch.randn(HEAD, HIDDEN, generator=g).to(torch.float16)),
             "o": packed(g, HIDDEN, (4, 18), (8, 6)),
-            "gate": packed(g, FFN, (6, HIDDEN)),
+            "gate": packed(g, FFN, (1, 5), (5, HIDDEN - 5)) if seed else packed(g, FFN, (6, HIDDEN)),
             "up": packed(g, FFN, (8, HIDDEN)),
             "down": packed(g, HIDDEN, (3, FFN)),
         },

@@ -156,7 +156,7 @@ def test_a_missing_key_is_named(written: Path) -> None:
     assert "layers.0.linears.q.shape" in refused(written)
 
 
-@pytest.mark.parametrize("bands", [[[5, HIDDEN]], [[4, 0], [8, HIDDEN]], [[4]], [[4, 12, 12]], [], [[4, -1]]])
+@pytest.mark.parametrize("bands", [[[7, HIDDEN]], [[4, 0], [8, HIDDEN]], [[4]], [[4, 12, 12]], [], [[4, -1]]])
 @pytest.mark.parametrize(
     ("path", "named"), [("layers/0/linears/gate", "part.gate_proj"), ("layers/0/inputs/attn_in", "inputs.attn_in")]
 )
@@ -180,7 +180,7 @@ def test_bands_that_do_not_fit_their_tensors_are_named(edit: Edit, bands: list[l
         ("layers/0/inputs/o_in/bands", [[4, 18], [8, 3]], "inputs.o_in"),  # fewer than the map gives
         ("layers/0/inputs/o_in/map/size", 23, "inputs.o_in"),
         ("layers/0/inputs/o_in/map/tensor", None, "inputs.o_in"),
-        ("layers/0/inputs/mlp_in/map_input_bits", 5, "inputs.mlp_in"),
+        ("layers/0/inputs/mlp_in/map_input_bits", 7, "inputs.mlp_in"),
         ("layers/0/inputs/mlp_in/map/heads", None, "inputs.mlp_in"),
         ("layers/0/inputs/mlp_in/map/heads", 2, "inputs.mlp_in"),
         ("layers/0/inputs/down_in/map/order", 27, "inputs.down_in"),

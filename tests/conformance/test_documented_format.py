@@ -48,6 +48,8 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     assert not stream[:, count * bits :].any()
     assert stream.shape[1] - count * bits < 8
     values = stream[:, : count * bits].reshape(len(packed), count, bits) @ (1 << np.arange(bits))
+    if bits == 1:
+        return 2 * values - 1
     return np.where(values >= 1 << (bits - 1), values - (1 << bits), values)
 
 
@@ -318,6 +320,8 @@ MADE: dict[str, dict[str, Any]] = {
     "resq-w4a8kv4": {"recipe": "resq-w4a8kv4"},
     "resq-weight-only": {"recipe": "resq-weight-only"},
     "resq-kv": {"recipe": "resq-kv"},
+    "resq-246": {"recipe": "resq-246"},
+    "resq-246-at-3": {"recipe": "resq-246", "bits": 3},
     "resq-4-clipped": {"recipe": "resq", "bits": 4, "clip": [0.7, 0.93]},
 }
 
@@ -401,7 +405,7 @@ def test_every_tensor_is_named_by_the_manifest_or_the_sentinel(directory: Path) 
 def test_the_examples_of_the_document_are_right() -> None:
     document = (DOCS / "checkpoint.md").read_text("utf-8")
     rows = re.findall(r"^\| (\d) \| ([-\d, ]+) \| ((?:[0-9A-F]{2} ?)+) \|$", document, re.MULTILINE)
-    assert [int(bits) for bits, _, _ in rows] == [2, 3, 4, 6, 8]
+    assert [int(bits) for bits, _, _ in rows] == [1, 2, 3, 4, 5, 6, 8]
     for bits, values, packed in rows:
         want = [int(value) for value in values.split(",")]
         row = np.frombuffer(bytes.fromhex(packed), np.uint8)[None]
@@ -430,7 +434,7 @@ def test_every_manifest_key_is_documented() -> None:
 
 @pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
 @pytest.mark.parametrize("clip", [1.0, 0.93, 0.8, 1e-3])
-@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
 def test_activations_round_as_the_document_says(bits: int, clip: float, scale_dtype: str) -> None:
     import torch
 

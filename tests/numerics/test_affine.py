@@ -20,7 +20,7 @@ from resq.numerics.affine import (
 )
 from resq.numerics.bands import PACKABLE_BITS, Bands
 
-WIDTHS = range(2, 9)
+WIDTHS = range(1, 9)
 DTYPES = (torch.float32, torch.float16)
 TINY = torch.finfo(torch.float32).tiny
 MAX = torch.finfo(torch.float32).max
@@ -185,7 +185,7 @@ def test_halves_round_to_even(bits: int) -> None:
     assert q.tolist() == [min(top, round(v) + 1) for v in x.tolist()]
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS[1:])
 @pytest.mark.parametrize(("low", "expected"), [(-0.5, 0), (-1.5, 2), (-2.5, 2)])
 def test_a_zero_point_of_a_half_rounds_to_even(bits: int, low: float, expected: int) -> None:
     _, scale, zero = asymmetric(torch.tensor([low, low + 2**bits - 1]), bits)
@@ -320,7 +320,8 @@ def losses(w: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tenso
     """(sum |ŵ - w|^2.4 per row in float64, how far a float32 evaluation of it may be off)."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     w, scale = w.double(), scale.double()[:, None]
-    error = ((w / scale).round().clamp(low, high) * scale - w).abs()
+    q = torch.where(w < 0, -1.0, 1.0) if bits == 1 else (w / scale).round().clamp(low, high)
+    error = (q * scale - w).abs()
     loss = error.pow(2.4).sum(-1)
     # The error carries one rounding of ŵ and one of the difference, each 2^-24 of at most 2 max|w|; summing n terms
     # and the power (2 ulp) carry (n + 4) 2^-24 of the loss.
@@ -328,7 +329,7 @@ def losses(w: torch.Tensor, scale: torch.Tensor, bits: int) -> tuple[torch.Tenso
     return loss, 2.4 * error.pow(1.4).sum(-1) * shift + (w.shape[1] + 4) * 2.0**-24 * loss
 
 
-@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("bits", WIDTHS[1:])
 def test_symmetric_integers_fit_their_width(bits: int) -> None:
     w = random(20, 50)
     low, high = symmetric_limits(bits)
@@ -349,7 +350,24 @@ def test_symmetric_halves_round_to_even_and_clamp() -> None:
     assert round_symmetric(w, torch.ones(1, 1), 4).tolist() == [[-8, -8, -8, 0, 0, 2, 6, 7, 7]]
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_one_bit_is_the_sign_and_a_scale() -> None:
+    assert symmetric_limits(1) == (-1, 1)
+    w = torch.tensor([[-9.0, -0.1, -0.0, 0.0, 0.1, 4.0]])
+    assert symmetric_scale(w, 1, clip_search=False).tolist() == [9.0]
+    for scale in (0.0, 1e-30, 1.0, 100.0):
+        assert round_symmetric(w, torch.tensor([[scale]]), 1).tolist() == [[-1, -1, 1, 1, 1, 1]]
+    # Of ±s the least sum of 2.4th powers: near the mean of |w|, far below its largest.
+    flat = random(20, 64).clamp(-3, 3)
+    ratio = symmetric_scale(flat, 1) / flat.abs().amax(-1)
+    assert float(ratio.min()) >= 0.21 - 1e-6
+    assert float(ratio.max()) < 0.8
+    # A row of zeros has no integer 0.
+    for search in (True, False):
+        rows = torch.tensor([[0.0, -0.0], [2.0, -2.0], [1e-45, 0.0]])
+        assert symmetric_scale(rows, 1, clip_search=search).tolist() == [0.0, 2.0, 0.0]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 @pytest.mark.parametrize("columns", [1, 2, 7, 96])
 def test_clip_search_is_the_best_of_all_shrinks(bits: int, columns: int) -> None:
     w = random(40, columns)
@@ -371,7 +389,7 @@ def test_the_clip_searchs_grid_is_the_papers() -> None:
     assert (CLIP_SHRINKS[0], CLIP_SHRINKS[1], CLIP_SHRINKS[-1], CLIP_NORM) == (1.0, 0.99, 0.21, 2.4)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 8])
 def test_clip_search_is_never_worse_than_no_clipping(bits: int) -> None:
     w = random(60, 64)
     best, slack = losses(w, symmetric_scale(w, bits), bits)

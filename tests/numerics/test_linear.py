@@ -8,7 +8,7 @@ from resq.numerics.affine import symmetric_limits
 from resq.numerics.bands import PACKABLE_BITS, Bands
 from resq.numerics.linear import DenseLinear, PackedLinear
 
-CUTS = [[(4, 24)], [(4, 21), (8, 3)], [(2, 5), (4, 13), (6, 5)], [(3, 7), (6, 1)], [(8, 1)]]
+CUTS = [[(4, 24)], [(4, 21), (8, 3)], [(2, 5), (4, 13), (6, 5)], [(3, 7), (6, 1)], [(8, 1)], [(1, 5), (3, 13), (5, 6)]]
 
 
 def random_integers(out: int, bands: Bands) -> torch.Tensor:
@@ -17,7 +17,8 @@ def random_integers(out: int, bands: Bands) -> torch.Tensor:
     parts = []
     for band in bands:
         low, high = symmetric_limits(band.bits)
-        parts.append(torch.randint(low, high + 1, (out, band.size), generator=generator))
+        part = torch.randint(low, high + 1, (out, band.size), generator=generator)
+        parts.append(part.where(part != 0, 1) if band.bits == 1 else part)
     return torch.cat(parts, dim=1)
 
 
@@ -41,7 +42,7 @@ def test_integers_survive_packing(pairs: list[tuple[int, int]], dtype: torch.dty
 def test_the_extremes_of_each_width_survive_packing(bits: int, count: int) -> None:
     bands = Bands.of((bits, count), (8, 2))
     low, high = symmetric_limits(bits)
-    rows = [[value] * count + [-128, 127] for value in (low, low + 1, -1, 0, 1, high)]
+    rows = [[value] * count + [-128, 127] for value in {low, -1, 1, high} | ({low + 1, 0} if bits > 1 else set())]
     linear = PackedLinear.from_integers(torch.tensor(rows), torch.ones(len(rows), 2), bands)
     assert linear.integers().tolist() == rows
 
@@ -138,3 +139,10 @@ def test_integers_of_another_size_than_the_bands_are_refused(columns: int) -> No
 
 def test_a_dense_linears_shape_is_its_weights() -> None:
     assert DenseLinear(torch.zeros(3, 5)).shape == (3, 5)
+
+
+def test_one_bit_weights_hold_no_zero() -> None:
+    with pytest.raises(InputError, match=r"^integers of band 0 hold 0; those of 1 bit are -1 and 1$"):
+        PackedLinear.from_integers(torch.tensor([[1, -1, 0, 1]]), torch.ones(1, 1), Bands.of((1, 4)))
+    with pytest.raises(InputError, match=r"^integers of band 0 leave -1 … 1, the range of 1 bits$"):
+        PackedLinear.from_integers(torch.tensor([[1, -1, 2, 1]]), torch.ones(1, 1), Bands.of((1, 4)))

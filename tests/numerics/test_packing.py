@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from resq.errors import InputError
 from resq.numerics.bands import PACKABLE_BITS
-from resq.numerics.packing import pack, packed_bytes, unpack, unpack_signed
+from resq.numerics.packing import pack, pack_signed, packed_bytes, unpack, unpack_signed
 
 COUNTS = (0, 1, 2, 3, 5, 7, 8, 9, 16, 31, 64, 129)
 
@@ -18,7 +18,8 @@ def random_unsigned(*shape: int, bits: int) -> torch.Tensor:
 
 
 def random_signed(*shape: int, bits: int) -> torch.Tensor:
-    return (random_unsigned(*shape, bits=bits).to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    unsigned = random_unsigned(*shape, bits=bits).to(torch.int16)
+    return (unsigned * 2 - 1 if bits == 1 else unsigned - 2 ** (bits - 1)).to(torch.int8)
 
 
 def stream(values: list[int], bits: int) -> list[int]:
@@ -44,7 +45,7 @@ def test_unpack_inverts_pack(bits: int, count: int) -> None:
 @pytest.mark.parametrize("count", COUNTS)
 def test_unpack_signed_inverts_pack(bits: int, count: int) -> None:
     values = random_signed(3, count, bits=bits)
-    back = unpack_signed(pack(values, bits), bits, count)
+    back = unpack_signed(pack_signed(values, bits), bits, count)
     assert back.dtype == torch.int8
     assert torch.equal(back, values)
 
@@ -54,8 +55,9 @@ def test_every_value_of_a_width_survives_at_every_position(bits: int) -> None:
     # 8 neighbours cover every alignment of a value to the byte grid.
     every = torch.arange(2**bits).to(torch.uint8)[:, None].expand(-1, 8)
     assert torch.equal(unpack(pack(every, bits), bits, 8), every)
-    signed = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).to(torch.int8)[:, None].expand(-1, 8)
-    assert torch.equal(unpack_signed(pack(signed, bits), bits, 8), signed)
+    integers = torch.tensor([-1, 1]) if bits == 1 else torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    signed = integers.to(torch.int8)[:, None].expand(-1, 8)
+    assert torch.equal(unpack_signed(pack_signed(signed, bits), bits, 8), signed)
 
 
 @pytest.mark.parametrize("bits", PACKABLE_BITS)
@@ -71,6 +73,7 @@ def test_only_the_low_bits_of_a_signed_value_are_stored(bits: int, values: list[
     packed = pack(torch.tensor(values, dtype=torch.int8), bits)
     assert packed.tolist() == stream(values, bits)
     wrapped = [(value + 2 ** (bits - 1)) % 2**bits - 2 ** (bits - 1) for value in values]
+    wrapped = [1 if value else -1 for value in wrapped] if bits == 1 else wrapped
     assert unpack_signed(packed, bits, len(values)).tolist() == wrapped
 
 
@@ -80,6 +83,8 @@ def test_the_layout_of_known_rows() -> None:
     assert pack(torch.tensor([7, 0, 5], dtype=torch.uint8), 3).tolist() == [0b01000111, 0b1]
     assert pack(torch.tensor([0x3F, 1], dtype=torch.uint8), 6).tolist() == [0b01111111, 0]
     assert pack(torch.tensor([-1, 5], dtype=torch.int8), 8).tolist() == [0xFF, 5]
+    assert pack_signed(torch.tensor([1, -1, -1, 1, 1, -1, 1, 1, 1], dtype=torch.int8), 1).tolist() == [0b11011001, 1]
+    assert pack_signed(torch.tensor([-16, 15, 1, -1], dtype=torch.int8), 5).tolist() == [0xF0, 0x85, 0x0F]
 
 
 @pytest.mark.parametrize("bits", PACKABLE_BITS)
@@ -97,8 +102,8 @@ def test_memory_layout_of_the_input_is_irrelevant(bits: int) -> None:
     values = random_signed(6, 22, bits=bits)
     for view in (values.T, values[:, ::3], values[1::2, 3:10], values[0].expand(4, -1)):
         assert not view.is_contiguous()
-        packed = pack(view, bits)
-        assert torch.equal(packed, pack(view.clone(memory_format=torch.contiguous_format), bits))
+        packed = pack_signed(view, bits)
+        assert torch.equal(packed, pack_signed(view.clone(memory_format=torch.contiguous_format), bits))
         wide = torch.zeros(packed.shape[-1] * 2, packed.shape[0], dtype=torch.uint8).T
         wide[:, ::2] = packed
         assert torch.equal(unpack_signed(wide[:, ::2], bits, view.shape[1]), view)
@@ -134,10 +139,10 @@ def test_a_wrong_number_of_bytes_is_refused(bits: int, excess: int) -> None:
             read(wrong, bits, 17)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 7, 16])
+@pytest.mark.parametrize("bits", [-1, 0, 7, 9, 16])
 def test_other_widths_are_refused(bits: int) -> None:
     values = torch.zeros(8, dtype=torch.uint8)
-    with pytest.raises(InputError, match=rf"^cannot pack {bits}-bit values; accepted are 2, 3, 4, 6, 8$"):
+    with pytest.raises(InputError, match=rf"^cannot pack {bits}-bit values; accepted are 1, 2, 3, 4, 5, 6, 8$"):
         pack(values, bits)
     with pytest.raises(InputError, match=f"{bits}-bit"):
         unpack(values, bits, 8)

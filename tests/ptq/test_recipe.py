@@ -134,7 +134,7 @@ def test_with_low_changes_the_low_band_everywhere_but_at_the_head() -> None:
     assert (low.weights, low.inputs, low.value) == (Layout(3, INT4_INT8.last),) * 3
     assert (low.down_weights, low.down_inputs) == (Layout(3),) * 2
     assert (low.head, low.key) == (INT8, None)
-    assert ISO.with_low(3) == Layout(3, ISO.last, ISO.first)
+    assert ISO.with_low(3) == Layout(3, ((5, Fraction(1, 8)),), ((1, Fraction(1, 8)),))
     assert RESQ.precision.with_low(4) == RESQ.precision
 
 

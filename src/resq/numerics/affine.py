@@ -95,12 +95,15 @@ def quantize(
 
 
 def symmetric_limits(bits: int) -> tuple[int, int]:
-    """Smallest and largest integer of a symmetric b-bit value: -2^(b-1), 2^(b-1) - 1."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    """Smallest and largest integer of a symmetric b-bit value: -2^(b-1), 2^(b-1) - 1; -1 and 1 of a 1-bit one, which
+    has no 0."""
+    return (-1, 1) if bits == 1 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def round_symmetric(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """clamp(round(w / s)) as w's dtype; w [..., n], scale [..., 1]."""
+    """clamp(round(w / s)) as w's dtype, in 1 bit the sign of w, 1 for 0; w and scale, above 0, broadcast."""
+    if bits == 1:
+        return (w >= 0).to(w.dtype) * 2 - 1
     low, high = symmetric_limits(bits)
     return torch.round(w / scale).clamp(low, high)
 
@@ -108,12 +111,14 @@ def round_symmetric(w: Tensor, scale: Tensor, bits: int) -> Tensor:
 def symmetric_scale(w: Tensor, bits: int, *, clip_search: bool = True) -> Tensor:
     """One scale per row: s = shrink · max|w| / (2^(b-1) - 1), the shrink minimising sum |ŵ - w|^2.4 over the row.
 
-    w [out, n] -> float32 [out]. Without the search the shrink is 1. A zero row gets scale 1. (method.md §1)
+    w [out, n] -> float32 [out]. In 1 bit s = shrink · max|w|. Without the search the shrink is 1. A zero row gets scale
+    1, in 1 bit 0, as its integers are not. (method.md §1)
     """
     _, high = symmetric_limits(bits)
     w = w.to(torch.float32)
     full = w.abs().amax(dim=-1) / high
-    full = torch.where(full >= torch.finfo(torch.float32).tiny, full, torch.ones_like(full))
+    rest = torch.zeros_like(full) if bits == 1 else torch.ones_like(full)
+    full = torch.where(full >= torch.finfo(torch.float32).tiny, full, rest)
     if not clip_search:
         return full
     best = full.clone()

@@ -9,7 +9,7 @@ from math import nan
 
 from resq.errors import InputError
 
-PACKABLE_BITS = (2, 3, 4, 6, 8)
+PACKABLE_BITS = (1, 2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,14 @@ class Layout:
         return Layout(self.low, (*self.last[:-1], (bits, rank)), self.first)
 
     def with_low(self, bits: int) -> Layout:
-        """The same cut with `bits` bits in the low band (the stress setting `--bits 3`)."""
-        return Layout(bits, self.last, self.first)
+        """The same cut with `bits` bits in the low band (the stress setting `--bits 3`).
+
+        Parts before the low band make up for those after it, so that all move together: 2, 4, 6 become 1, 3, 5 and
+        the mean is the low width again.
+        """
+        step = bits - self.low if self.first else 0
+        moved = [tuple((width + step, part) for width, part in parts) for parts in (self.last, self.first)]
+        return Layout(bits, *moved)
 
     def __str__(self) -> str:
         parts = [*(f"first {f} {b} bit" for b, f in self.first), f"{self.low} bit"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits
 from resq.numerics.bands import Bands
-from resq.numerics.packing import pack, packed_bytes, unpack_signed
+from resq.numerics.packing import pack_signed, packed_bytes, unpack_signed
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,9 @@ class PackedLinear:
             part = integers[:, cut]
             if part.numel() and not (low <= part.min() and part.max() <= high):
                 raise InputError(f"integers of band {index} leave {low} … {high}, the range of {band.bits} bits")
-        parts = tuple(pack(q[:, cut], band.bits) for band, cut in zip(bands, bands.slices(), strict=True))
+            if band.bits == 1 and not part.all():
+                raise InputError(f"integers of band {index} hold 0; those of 1 bit are -1 and 1")
+        parts = tuple(pack_signed(q[:, cut], band.bits) for band, cut in zip(bands, bands.slices(), strict=True))
         return cls(bands, parts, scale.to(torch.float32), None if bias is None else bias.to(torch.float32))
 
     @property

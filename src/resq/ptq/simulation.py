@@ -15,7 +15,7 @@ from resq.models import decoder
 from resq.models.architecture import Role, Shape
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
-from resq.numerics.affine import symmetric_limits
+from resq.numerics.affine import round_symmetric, symmetric_limits
 from resq.numerics.bands import Bands
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import LinearMap
@@ -75,11 +75,10 @@ def rounded(layer: Layer, index: int, precision: Precision, shape: Shape) -> Lay
 
 
 def nearest(weight: Tensor, bands: Bands) -> Tensor:
-    """s · clamp(round(w / s)) with s = max |w| / (2^(b-1) - 1) for every row and band, [out, in]."""
+    """s · clamp(round(w / s)) with s = max |w| over the largest integer for every row and band, [out, in]."""
     parts = []
     for band, cut in zip(bands, bands.slices(), strict=True):
-        low, high = symmetric_limits(band.bits)
         part = weight[:, cut]
-        scale = (part.abs().amax(dim=1, keepdim=True) / max(high, 1)).clamp(min=1e-30)
-        parts.append(torch.round(part / scale).clamp(low, high) * scale)
+        scale = (part.abs().amax(dim=1, keepdim=True) / symmetric_limits(band.bits)[1]).clamp(min=1e-30)
+        parts.append(round_symmetric(part, scale, band.bits) * scale)
     return torch.cat(parts, dim=1)

@@ -18,8 +18,8 @@ class Store:
     """State: the keys or the values of one layer, uint8 [batch, kv heads, capacity, record].
 
     A record holds each band's integers (4 bits for widths up to 4: byte j has coordinate j low and coordinate
-    j + ceil(n / 2) high; a byte each for 6 and 8), the bands' scales, the bands' zero points (uint8). Without bands it
-    is the head in float16.
+    j + ceil(n / 2) high; a byte each for 5, 6 and 8), the bands' scales, the bands' zero points (uint8). Without bands
+    it is the head in float16.
     """
 
     def __init__(self, format: ActivationFormat) -> None:

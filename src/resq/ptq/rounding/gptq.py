@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resq.errors import InputError
-from resq.numerics.affine import symmetric_limits
+from resq.numerics.affine import round_symmetric
 from resq.numerics.bands import Bands
 from resq.numerics.linear import PackedLinear
 from resq.ptq.recipe import InputMoments, Rounded
@@ -119,17 +119,15 @@ class Gptq:
         columns = weight.T.clone(memory_format=torch.contiguous_format)
         columns[torch.diagonal(moment) == 0] = 0.0
         column_scale = torch.empty_like(columns)
-        limits = torch.empty(bands.size, 2)
-        for index, (band, cut) in enumerate(zip(bands, bands.slices(), strict=True)):
+        for index, cut in enumerate(bands.slices()):
             column_scale[cut] = scale[:, index].to(torch.float64)
-            limits[cut] = torch.tensor(symmetric_limits(band.bits), dtype=limits.dtype)
         integers = torch.empty(columns.shape, dtype=torch.int8)
+        bits = [band.bits for band in bands for _ in range(band.size)]
         for start in range(0, bands.size, self.block):
             stop = min(start + self.block, bands.size)
             errors = torch.empty(stop - start, columns.shape[1], dtype=torch.float64)
             for i in range(start, stop):
-                low, high = limits[i].tolist()
-                q = torch.round(columns[i] / column_scale[i]).clamp_(low, high)
+                q = round_symmetric(columns[i], column_scale[i], bits[i])
                 integers[i] = q.to(torch.int8)
                 error = (columns[i] - q * column_scale[i]) / upper[i, i]
                 columns[i:stop] -= upper[i, i:stop, None] * error

@@ -34,7 +34,7 @@ struct Map {
 };
 
 struct Band {
-  int bits = 0;  // 2, 3, 4, 6 or 8
+  int bits = 0;  // 1 to 6 or 8
   int64_t begin = 0, size = 0;
   float clip = 1;  // what the ends of its ranges are multiplied by
 };
@@ -145,8 +145,8 @@ struct DenseCall {
 // ---- keys and values ---------------------------------------------------------------------------------------------------
 
 // The keys or the values of one layer: records [batch, kv_heads, capacity, record] of bytes, unaligned.
-// Packed: for each band its integers (4-bit storage for 2, 3 and 4 bits: byte j of a band of n holds coordinate j in the
-// low nibble and coordinate j + ceil(n / 2) in the high one; 8-bit storage, a byte each, for 6 and 8 bits), then the
+// Packed: for each band its integers (4-bit storage up to 4 bits: byte j of a band of n holds coordinate j in the low
+// nibble and coordinate j + ceil(n / 2) in the high one; 8-bit storage, a byte each, for 5, 6 and 8 bits), then the
 // scales [bands] (float16 or float32, little-endian), then the zero points [bands] (uint8). Plain: h float16.
 struct Store {
   uint8_t* data = nullptr;

@@ -18,7 +18,7 @@
 namespace resq {
 namespace {
 
-// Values k … k + count - 1 of a row's bit stream, sign-extended.
+// Values k … k + count - 1 of a row's bit stream, sign-extended; bits 0 and 1 are -1 and 1.
 void decode(const uint8_t* row, int64_t bytes, int bits, int64_t k, int64_t count, int8_t* to) {
   if (bits == 8) {
     std::memcpy(to, row + k, (size_t)count);
@@ -29,7 +29,10 @@ void decode(const uint8_t* row, int64_t bytes, int bits, int64_t k, int64_t coun
     unsigned word = row[byte];
     if (byte + 1 < bytes) word |= (unsigned)row[byte + 1] << 8;
     const int value = (int)(word >> (at % 8)) & ((1 << bits) - 1);
-    to[i] = (int8_t)(value >= 1 << (bits - 1) ? value - (1 << bits) : value);
+    if (bits == 1)
+      to[i] = (int8_t)(2 * value - 1);
+    else
+      to[i] = (int8_t)(value >= 1 << (bits - 1) ? value - (1 << bits) : value);
   }
 }
 

@@ -8,8 +8,8 @@
 
 namespace resq {
 
-// A band of a stored linear: rows of `bytes` bytes, a little-endian stream of two's-complement values of `bits` bits
-// (numerics/packing.py).
+// A band of a stored linear: rows of `bytes` bytes, a little-endian stream of two's-complement values of `bits` bits,
+// of one bit for -1 and 1 (numerics/packing.py).
 struct StoredBand {
   const uint8_t* rows = nullptr;
   int64_t bytes = 0;
