@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -12,19 +12,23 @@ import torch
 from tests.conftest import Kept, brief
 from torch import Tensor
 
-from resq.backends.reference import dense
+from resq.backends.backend import Backend
+from resq.backends.reference import dense, straight_through
 from resq.checkpoint.files import CheckpointWriter
 from resq.models import decoder
 from resq.models.architecture import READERS, Role, Site
+from resq.models.decoder import Layer
 from resq.models.source import Source
 from resq.numerics.bands import INT8, Bands
 from resq.numerics.formats import ActivationFormat
 from resq.numerics.linear import DenseLinear, PackedLinear
 from resq.numerics.maps import Dense, Hadamard, describe
 from resq.numerics.moments import second_moment
+from resq.ptq.ablations import ABLATIONS
 from resq.ptq.pipeline import Job, LinearReport, fit_maps, nearest_16_bit, quantize, relative_error, sixteen_bit
+from resq.ptq.placement import Placement
 from resq.ptq.recipe import At, InputMoments, Recipe, Rounded, Statistic
-from resq.ptq.recipes import QUAROT, RECIPES, RESQ, RESQ_KV, RESQ_PAPER, RESQ_WEIGHT_ONLY, RTN
+from resq.ptq.recipes import GPTQ, QUAROT, QUIK, RECIPES, RESQ, RESQ_KV, RESQ_PAPER, RESQ_WEIGHT_ONLY, RTN
 from resq.ptq.rounding.nearest import Nearest
 from resq.ptq.statistics import collect
 from resq.runtime.load import ends_from, layer_from
@@ -35,6 +39,7 @@ class Watched:
     """Nearest rounding that notes the moments it was offered."""
 
     seen: list[Tensor]
+    cross: list[Tensor]
     sees_rounded: bool = False
     corrects: bool = False
     needs_moment: ClassVar[bool] = True
@@ -42,6 +47,7 @@ class Watched:
     def __call__(self, weight: Tensor, moments: InputMoments | None, bands: Bands, bias: Tensor | None) -> Rounded:
         assert moments is not None
         self.seen.append(moments.seen)
+        self.cross.extend([] if moments.cross is None else [moments.cross])
         return Nearest()(weight, moments, bands, bias)
 
 
@@ -72,7 +78,7 @@ def test_each_linear_is_rounded_on_the_inputs_the_rounded_layers_before_it_give(
     recipe: Recipe, checkpoint: Callable[..., Path]
 ) -> None:
     """A linear's input depends on the linears before it alone: run the finished model and compare every moment."""
-    source, watched = Source.open(checkpoint("qwen2")), Watched([])
+    source, watched = Source.open(checkpoint("qwen2")), Watched([], [])
     kept, _ = run(source, replace(recipe, rounding=watched))
     inputs: list[Tensor] = []
     ops = dense(torch.float32)
@@ -94,6 +100,68 @@ def test_each_linear_is_rounded_on_the_inputs_the_rounded_layers_before_it_give(
         want = second_moment(x.flatten(0, 1))
         # Two float32 forwards with other summation orders, as in the decoder's tests; a product doubles it.
         torch.testing.assert_close(moment, want, rtol=0, atol=2e-5 * float(want.abs().max()))
+
+
+def inputs_of(source: Source, ops: Backend, layers: Sequence[Layer], embed: Tensor) -> list[list[Tensor]]:
+    """Per linear in the order of rounding what it reads, window by window as the pipeline runs them."""
+    read: list[list[Tensor]] = []
+    for tokens in calibration()[:3]:
+        seen: list[Tensor] = []
+
+        def linears(x: Any, weights: Any, onto: Tensor | None = None, *, into: list[Tensor] = seen) -> list[Tensor]:
+            into.extend(x[0] for _ in weights)
+            return ops.linears(x, weights, onto)
+
+        ends = replace(source.ends(), embed=embed)
+        decoder.forward(replace(ops, linears=linears), source.shape, ends, layers, tokens[None])
+        read.append(seen[:-1])  # but the head
+    return [list(each) for each in zip(*read, strict=True)]
+
+
+@pytest.mark.parametrize("recipe", [RESQ, QUIK], ids=lambda recipe: recipe.name)
+def test_a_rounding_may_see_rounded_inputs_and_those_of_the_unrounded_model(
+    recipe: Recipe, checkpoint: Callable[..., Path]
+) -> None:
+    source, watched = Source.open(checkpoint("qwen2")), Watched([], [], sees_rounded=True, corrects=True)
+    kept, _ = run(source, replace(recipe, rounding=watched))
+    assert kept.ends is not None
+    ops = straight_through()
+    finished = [layer_from(parts, source.shape, "kept").prepacked(ops) for parts in kept.layers]
+    rounded = inputs_of(source, ops, finished, kept.ends.embed)
+    moments = collect(source, dense(torch.float32), calibration(), recipe.needs, lambda what, done, steps: None)
+    maps = fit_maps(recipe, moments, source.shape, 0)
+    placement = Placement(source.shape, maps, recipe.precision, recipe.folds_norms)
+    exact = [placement.layer(source.layer(index), index) for index in range(source.shape.layers)]
+    embed = placement.ends(source.ends(), keep_tied=True).embed
+    unrounded = inputs_of(source, dense(torch.float64), exact, embed)
+    assert len(rounded) == len(unrounded) == len(watched.seen) == len(watched.cross) == 2 * 7
+    for x, y, seen, cross in zip(rounded, unrounded, watched.seen, watched.cross, strict=True):
+        pairs = list(zip(x, y, strict=True))
+        want = sum(a.double().T @ a.double() for a, _ in pairs), sum(a.double().T @ b for a, b in pairs)
+        for got, each in zip((seen, cross), want, strict=True):
+            # Sums of float32 in another order move a rounding here and there.
+            assert float((got - each).norm()) <= 1e-2 * float(each.norm())
+        # What tells rounded inputs from unrounded ones, and both from their products.
+        plain = sum(b.T @ b for _, b in pairs)
+        assert float((seen - plain).norm()) >= 2e-2 * float(seen.norm())
+        assert float((cross - seen).norm()) >= 1e-2 * float(seen.norm())
+
+
+def test_a_rounding_that_asks_for_nothing_else_gets_no_cross_moment(checkpoint: Callable[..., Path]) -> None:
+    watched = Watched([], [])
+    run(Source.open(checkpoint()), replace(RESQ, rounding=watched))
+    assert watched.cross == []
+    assert len(watched.seen) == 14
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_every_ablation_runs_and_changes_something(name: str, checkpoint: Callable[..., Path]) -> None:
+    source = Source.open(checkpoint())
+    found, base = tensors(run(source, ABLATIONS[name])[0]), tensors(run(source, GPTQ if "gptq" in name else RESQ)[0])
+    same = len(found) == len(base) and all(
+        a.shape == b.shape and torch.equal(a, b) for a, b in zip(found, base, strict=True)
+    )
+    assert not same
 
 
 @pytest.mark.parametrize("name", RECIPES)
