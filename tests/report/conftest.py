@@ -9,7 +9,8 @@ import pytest
 import torch
 from tests.conftest import make_checkpoint
 
-from resq.compare import Plan, compare
+from resq.cases import Plan
+from resq.compare import compare
 from resq.report.report import Written, report
 
 UNFRIENDLY = "<img src=x onerror=alert(1)> $a_b$ |*_`"

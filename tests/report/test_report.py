@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import run
 from tests.report.conftest import UNFRIENDLY
 
-from resq.compare import ROW, Row
+from resq.cases import ROW, Row
 from resq.errors import InputError
 from resq.measure.diagnose.snr import Snr
 from resq.ptq.recipes import recipe_named
@@ -260,7 +260,11 @@ def test_what_is_no_comparison_is_refused(copy: Path, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     with pytest.raises(InputError, match=r"no \.html file"):
         report(copy, copy / "page.txt")
-    (copy / "rows.jsonl").write_text((copy / "rows.jsonl").read_text().splitlines()[0] + "\n")
+    lines = (copy / "rows.jsonl").read_text().splitlines()
+    (copy / "rows.jsonl").write_text("\n".join([*lines, lines[-1].replace('"case": "', '"case": "../../')]) + "\n")
+    with pytest.raises(InputError, match="no name of a folder"):
+        report(copy)
+    (copy / "rows.jsonl").write_text(lines[0] + "\n")
     with pytest.raises(InputError, match="no finished case beside 16 bit"):
         report(copy)
     (copy / "compare.json").write_text('{"plan": {}}')

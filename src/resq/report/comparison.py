@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resq.compare import BASE, ROW, Plan, Row
+from resq.cases import BASE, ROW, Plan, Row
 from resq.errors import InputError
 from resq.measure.ledger import Ledger
 from resq.measure.perplexity import Interval, paired_interval
@@ -182,6 +182,8 @@ def read(directory: Path) -> Comparison:
         facts["source"]["shape"]["hidden"].bit_length()
     except (ValidationError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{directory} was not written by this resq's compare ({error!r}); run it again") from error
+    if strange := [row.case for row in rows if Path(row.case).name != row.case]:
+        raise InputError(f"{rows_file} names a case {clean(strange[0])}, which is no name of a folder; run it again")
     base, *others = [Case(row, directory / "cases" / row.case) for row in rows if row.failed is None] or [None]
     if base is None or base.row.recipe != BASE or not others:
         raise InputError(f"{directory} holds no finished case beside 16 bit; run resq compare on it first")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from resq.api import DEFAULT_LENGTH, DEFAULT_ROUNDING_WINDOWS, chosen_recipe
 from resq.backends.reference import dense
-from resq.compare import Case as Compared
+from resq.cases import Case as Compared
 from resq.compare import calibration_files, identity, text_sha256
 from resq.errors import InputError
 from resq.measure.diagnose.attribution import Attribution, attribute

@@ -35,7 +35,7 @@ def verdict(comparison: Comparison) -> str:
         distance = f"{best.perplexity / comparison.base.perplexity:.4f} times the perplexity of 16 bit"
         if best.delta.high < 0:
             distance += ", which is no gain: rounding leans towards its calibration text"
-    band = f"With a low band of {width_name(comparison.width)}"
+    band = f"With a low band of {comparison.width} bit" if comparison.width else "With every recipe at its own width"
     words = f"{interval(best.delta)} nats per token, {distance}"
     windows = f"(95 % intervals, bootstrap over {len(comparison.base.tokens['nll'])} windows)"
     if not others:
