@@ -29,6 +29,7 @@ RECIPE_NAMES = (
     "quarot",
     "spinquant",
     "resq",
+    "resq+",
     "resq-paper",
     "resq-246",
     "resq-learned",

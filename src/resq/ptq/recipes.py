@@ -11,6 +11,7 @@ from resq.numerics.bands import INT4, INT8, Layout
 from resq.ptq.basis.fixed import GatherHeads, hadamard
 from resq.ptq.basis.pca import pca
 from resq.ptq.basis.peaks import SearchStrength, outliers_last, smooth
+from resq.ptq.clipping import ClipSearch
 from resq.ptq.learning import learn_rotations
 from resq.ptq.recipe import Precision, Recipe
 from resq.ptq.rounding.gptq import Gptq
@@ -129,6 +130,15 @@ RESQ_LEARNED = replace(
     tuning=(learn_rotations(Site.RESIDUAL, Site.VALUE),),
 )
 
+# What was tried, and what each part gives: docs/resq-plus.md.
+RESQ_PLUS = replace(
+    RESQ,
+    name="resq+",
+    about="resq with clipped activation ranges, weights corrected for the rounding before them: same bits and speed",
+    rounding=Gptq(sees_rounded=True, correction=1.0),
+    clipping=ClipSearch(),
+)
+
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
@@ -139,6 +149,7 @@ RECIPES: dict[str, Recipe] = {
         QUAROT,
         SPINQUANT,
         RESQ,
+        RESQ_PLUS,
         RESQ_PAPER,
         RESQ_246,
         RESQ_LEARNED,
