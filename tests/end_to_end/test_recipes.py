@@ -97,7 +97,9 @@ def test_the_ledger_counts_the_bytes_of_a_filled_cache(made: Made) -> None:
 # Bits of one token's inputs in the tied model: 64, 128, 64 and 172 coordinates, 40 bits of scale and zero a range.
 INPUT_BITS = {
     **dict.fromkeys(("rtn", "gptq", "smoothquant+", "quarot", "spinquant"), 4 * 428 + 4 * 40),
-    **dict.fromkeys(("quik", "resq", "resq+", "resq-learned"), 2 * (56 * 4 + 8 * 8) + 112 * 4 + 16 * 8 + 172 * 4 + 7 * 40),
+    **dict.fromkeys(
+        ("quik", "resq", "resq+", "resq-learned"), 2 * (56 * 4 + 8 * 8) + 112 * 4 + 16 * 8 + 172 * 4 + 7 * 40
+    ),
     "resq-246": 4 * 428 + 10 * 40,
     "resq-paper": 2 * (56 * 4 + 8 * 8) + 112 * 4 + 16 * 8 + 172 * 4 + (5 + 2 * 8) * 40,
     "resq-w4a8kv4": 8 * 428 + 4 * 40,
@@ -120,7 +122,7 @@ def test_what_a_recipe_leaves_alone_has_16_bits_and_the_rest_as_many_as_resq(eve
 
 
 def test_a_manifest_says_in_words_what_was_done(made: Made) -> None:
-    manifest, recipe = made.model.manifest, RECIPES[made.recipe]
+    manifest = made.model.manifest
     assert manifest.recipe.basis == brief(made.recipe).describe()["basis"]
     assert (manifest.recipe.rounding == "none, every decoder weight stays 16 bit") == (made.recipe == "resq-kv")
     assert (manifest.calibration is None) == (made.recipe == "rtn")
