@@ -22,6 +22,7 @@ from resq.backends.reference import (
     integer_matmul,
     packed_store,
     rotate,
+    straight_through,
     visible,
 )
 from resq.checkpoint.files import CheckpointWriter
@@ -522,3 +523,92 @@ def test_rounding_activations_is_all_that_the_unrounded_twin_leaves_out(model: M
 
 def _spread(linear: UnpackedLinear) -> Tensor:
     return linear.scale.double().repeat_interleave(torch.tensor([band.size for band in linear.bands]), dim=1)
+
+
+STRAIGHT, DENSE = straight_through(), dense(torch.float32)
+# Bands, map and ranges of a 40-wide input.
+ROUNDED = {
+    "one-band": ActivationFormat(bands=Bands.of((4, 40))),
+    "two-bands": ActivationFormat(bands=Bands.of((4, 35), (8, 5))),
+    "permuted": ActivationFormat(Permutation(torch.arange(40).flip(0)), Bands.of((3, 35), (8, 5))),
+    "turned": ActivationFormat(Hadamard(hadamard.plan(40)), Bands.of((4, 40))),
+    "ranged-per-head": ActivationFormat(bands=Bands.of((4, 32), (8, 8)), groups=4),
+}
+
+
+def three_inputs(ops: Backend, format: ActivationFormat, x: Tensor, y: Tensor) -> list[Activations]:
+    """The inputs that a layer rounds, by each of their operators."""
+    return [
+        ops.norm_quantize(x, Norm(1e-5, normal(40, seed=9).abs() + 0.5), format),
+        ops.gather_quantize(x, format),
+        ops.act_hadamard_quantize(x, y, format),
+    ]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_straight_through_rounds_to_the_values_of_the_reference(name: str) -> None:
+    format, x, y = ROUNDED[name], normal(6, 50, 40) * 3 + 1, normal(6, 50, 40, seed=1)
+    got, want = (three_inputs(ops, format, x, y) for ops in (STRAIGHT, REFERENCE))
+    for a, b in zip(got, want, strict=True):
+        values, step = rounded(b).dequantize(), rounded(b).scale.amax()
+        away = (plain(a) - values).abs()
+        same = away <= 1e-5 * values.abs().amax()
+        # A float32 product in place of a float64 one moves what lies within some ulps of the middle of a step.
+        assert float(same.float().mean()) > 0.999
+        assert float(away.max()) <= float(step) * 1.001
+    # No product before it: every value is the reference's, up to the last digit of x + (x̂ - x).
+    if format.map is None or isinstance(format.map, Permutation):
+        values = rounded(want[1]).dequantize()
+        torch.testing.assert_close(
+            plain(got[1]), values, rtol=0, atol=2.0**-23 * float(x.abs().max() + values.abs().max())
+        )
+        assert not torch.equal(plain(got[1]), x if format.map is None else format.map.apply(x))
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_a_gradient_passes_the_rounding_unchanged(name: str) -> None:
+    format, found = ROUNDED[name], []
+    for ops in (STRAIGHT, DENSE):
+        x, y = (tensor.requires_grad_() for tensor in (normal(6, 40) * 3, normal(6, 40, seed=1)))
+        outputs = three_inputs(ops, format, x, y)
+        found.append([torch.autograd.grad((plain(out) * normal(6, 40, seed=2)).sum(), x)[0] for out in outputs])
+    for straight, unrounded in zip(*found, strict=True):
+        assert torch.equal(straight, unrounded)
+        assert float(straight.norm()) > 0
+
+
+def test_straight_through_keys_and_values_are_those_of_the_packed_cache() -> None:
+    turn = Dense(random_orthogonal(16, torch.Generator().manual_seed(0)).float())
+    formats = HeadFormats(ActivationFormat(turn), replace(stored_format(16), map=turn), stored_format(16))
+    angles = normal(2, 9, 8, seed=5).repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    q, k, v = normal(2, 9, 4, 16), normal(2, 9, 2, 16, seed=1), normal(2, 9, 2, 16, seed=2)
+    k.requires_grad_()
+    v.requires_grad_()
+    caches, queries = [], []
+    for ops in (STRAIGHT, REFERENCE):
+        caches.append(new_cache(formats, ops))
+        given = (k, v) if ops is STRAIGHT else (k.detach(), v.detach())
+        queries.append(ops.rope_project_append(q, *given, cos, sin, formats, caches[-1]))
+    torch.testing.assert_close(queries[0], queries[1], rtol=0, atol=1e-5)
+    (keys, values), (packed_keys, packed_values) = (cache.read() for cache in caches)
+    for got, want in ((keys, packed_keys.float()), (values, packed_values.float())):
+        same = (got - want).abs() <= 1e-5 * float(want.abs().max())
+        assert float(same.float().mean()) > 0.995
+    # No product before the values' rounding.
+    torch.testing.assert_close(values, packed_values.float(), rtol=0, atol=1e-6 * float(v.detach().abs().max()))
+    upstream = normal(2, 2, 9, 16, seed=3)
+    (gradient,) = torch.autograd.grad((values * upstream).sum(), v, retain_graph=True)
+    assert torch.equal(gradient, upstream.transpose(1, 2))
+    (gradient,) = torch.autograd.grad((keys * upstream).sum(), k)
+    back = rotate(upstream.transpose(1, 2) @ turn.matrix.T, cos, -sin)
+    torch.testing.assert_close(gradient, back, rtol=0, atol=1e-5)
+
+
+def test_straight_through_leaves_alone_what_is_16_bit() -> None:
+    x = normal(5, 40)
+    assert plain(STRAIGHT.gather_quantize(x, PLAIN)) is x
+    linear = packed(Bands.of((4, 35), (8, 5)), 6)
+    weight = STRAIGHT.prepack(linear)
+    assert isinstance(weight, DenseLinear)
+    torch.testing.assert_close(STRAIGHT.linear(x, weight), x @ linear.dequantize(torch.float32).T + linear.bias)

@@ -1,5 +1,6 @@
 """Properties of resq.numerics.bands."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -160,3 +161,31 @@ def test_with_low_moves_every_part_where_some_come_first() -> None:
 def test_a_layout_reads_in_order_of_coordinates() -> None:
     assert str(ISO) == "first 1/8 2 bit, 4 bit, last 1/8 6 bit"
     assert str(INT4_INT8.with_low(3)) == "3 bit, last 1/8 8 bit"
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "multiple", "count"),
+    [(16, 64, 8, 16), (3, 16, 1, 3), (3, 64, 8, 8), (20, 64, 8, 16), (1, 8, 1, 1)],
+)
+def test_a_part_may_be_a_count_whatever_the_size(part: int, size: int, multiple: int, count: int) -> None:
+    layout = Layout(4, ((8, part),))
+    assert layout.bands(size, multiple).pairs == [(4, size - count), (8, count)]
+    assert layout.bands(8 * size, multiple).pairs[-1] == (8, count)
+    assert math.isnan(layout.mean_bits)
+    assert str(layout) == f"4 bit, last {part} 8 bit"
+
+
+def test_a_rank_changes_the_last_part_and_0_takes_the_last_parts_away() -> None:
+    three = Layout(4, ((6, Fraction(1, 8)), (8, 16)), ((2, Fraction(1, 8)),))
+    assert three.with_rank(Fraction(1, 4)) == Layout(4, ((6, Fraction(1, 8)), (8, Fraction(1, 4))), three.first)
+    assert three.with_rank(0) == Layout(4, (), three.first)
+    assert INT4.with_rank(24) == Layout(4, ((8, 24),))
+    assert INT4_INT8.with_rank(Fraction(1, 8)) == INT4_INT8
+    assert INT4_INT8.with_rank(0) == INT4_INT8.with_rank(Fraction(0)) == INT4
+
+
+def test_a_cut_is_where_parts_lie_whatever_their_widths() -> None:
+    assert Layout(3, ((6, Fraction(1, 8)),)).cut == INT4_INT8.cut == ((), (Fraction(1, 8),))
+    assert INT4_INT8.with_rank(8).cut != INT4_INT8.cut
+    assert INT4.cut == INT8.cut == ((), ())
+    assert INT4_INT8.mean_bits == 4.5
