@@ -93,7 +93,7 @@ QUALITY = (
 )
 SIGNAL = (
     "Every recipe sees the same hidden states of the 16-bit model, and only one place is rounded at a time: SNR is "
-    "10 log10(‖X‖² / ‖X − X̂‖²)."
+    "10 log10(‖X‖² / ‖X − X̂‖²). Clipping of ranges, where a recipe has it, is left out."
 )
 COORDINATES = (
     f"What coordinates look like before and after the maps of {SUBJECT}, and how few of them hold most of the energy."
