@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from resq.ptq.simulation import Simulation
 # Fixed-point iterations of a Cayley step, and the share of the radius of convergence that a step may take (Li et al.,
 # arXiv 2002.01113, algorithm 1: s = 5 there with a bound of 0.5).
 CAYLEY_ITERATIONS, CAYLEY_REACH = 5, 0.5
-MOMENTUM = 0.9
 
 
 def cayley_step(rotation: Tensor, direction: Tensor, rate: float) -> Tensor:
@@ -46,21 +45,18 @@ def polar(matrix: Tensor) -> Tensor:
 
 @dataclass
 class Learned:
-    """State: one rotation float64 [n, n] that turns a band of one or several maps, its gradient and its momentum."""
+    """State: one rotation float64 [n, n] that turns a band of one or several maps, and its gradient."""
 
     value: Tensor
-    momentum: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.value.requires_grad_()
-        self.momentum = torch.zeros_like(self.value)
 
     def step(self, rate: float) -> None:
-        """Cayley SGD with momentum; the momentum is the projected one, as the step's skew matrix has it."""
+        """One Cayley step against the gradient; momentum would keep the loss from falling at this rate."""
         assert self.value.grad is not None
         with torch.no_grad():
-            self.momentum.mul_(MOMENTUM).add_(self.value.grad)
-            self.value.copy_(cayley_step(self.value, self.momentum, rate))
+            self.value.copy_(cayley_step(self.value, self.value.grad, rate))
         self.value.grad = None
 
 
