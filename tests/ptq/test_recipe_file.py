@@ -112,6 +112,18 @@ def test_a_recipe_of_resqs_own_is_inspected_by_its_name(checkpoint: Callable[...
     assert recipe_from_dict(manifest["recipe"]["definition"], {}) == RECIPES["rtn"]
 
 
+def test_a_checkpoint_without_a_definition_loads(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Of an older writer, or of a recipe with a part of the caller's own."""
+    out = tmp_path / "out"
+    result = resq.quantize(checkpoint(), out, recipe=replace(RECIPES["rtn"], name="mine", rounding=Mine()))
+    assert result.manifest.recipe.definition == {}
+    manifest = json.loads((out / "resq.json").read_text("utf-8"))
+    del manifest["recipe"]["definition"]
+    (out / "resq.json").write_text(json.dumps(manifest), encoding="utf-8")
+    assert resq.load(out).manifest.recipe.definition == {}
+    assert "[precision]" not in run("inspect", out).stdout
+
+
 def test_the_documentation_names_every_kind_and_every_option() -> None:
     text = (ROOT / "docs" / "recipes.md").read_text("utf-8")
     for kinds in (BASES, TUNINGS, ROUNDINGS):
