@@ -20,6 +20,7 @@ CUTS = {
     "two-bands": Bands.of((4, 84), (8, 12)),
     "three-bands": Bands.of((2, 12), (4, 72), (6, 12)),
     "odd-edges": Bands.of((3, 41), (8, 55)),
+    "iso-3-bit": Bands.of((1, 12), (3, 72), (5, 12)),
 }
 
 
@@ -44,7 +45,8 @@ def plain_gptq(weight: Tensor, moment: Tensor, bands: Bands, scale: Tensor, damp
     for i, (band, bits) in enumerate(column_of):
         low, high = symmetric_limits(bits)
         s = scale[:, band].double()
-        integers[:, i] = (weight[:, i] / s).round().clamp(low, high)
+        whole = torch.where(weight[:, i] < 0, low, high) if bits == 1 else (weight[:, i] / s).round().clamp(low, high)
+        integers[:, i] = whole
         error = (weight[:, i] - integers[:, i] * s) / inverse[i, i]
         weight[:, i + 1 :] -= error[:, None] * inverse[i, i + 1 :]
         inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
@@ -183,7 +185,7 @@ def test_an_input_that_never_spoke_rounds_to_zeros() -> None:
 
 
 @pytest.mark.parametrize("rounding", [Gptq(), Gptq(clip_search=False), Nearest(), Nearest(clip_search=False)], ids=str)
-@pytest.mark.parametrize("bits", [(2, 3, 4), (4, 6, 8), (8, 2, 3)])
+@pytest.mark.parametrize("bits", [(2, 3, 4), (4, 6, 8), (8, 2, 3), (1, 3, 5)])
 def test_each_band_uses_its_own_range_of_integers(bits: tuple[int, int, int], rounding: Gptq | Nearest) -> None:
     weight, moment = problem(3)
     bands = Bands.of(*zip(bits, (32, 40, 24), strict=True))

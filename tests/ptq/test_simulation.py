@@ -91,7 +91,7 @@ def test_the_loss_has_a_gradient_and_the_same_value_with_and_without(checkpoint:
             assert float(simulation.loss(maps, tokens())) == float(loss)
 
 
-@pytest.mark.parametrize("pairs", [[(4, 40)], [(4, 35), (8, 5)], [(2, 5), (3, 30), (6, 5)]])
+@pytest.mark.parametrize("pairs", [[(4, 40)], [(4, 35), (8, 5)], [(2, 5), (3, 30), (6, 5)], [(1, 5), (3, 30), (5, 5)]])
 def test_weights_are_rounded_as_nearest_does(pairs: list[tuple[int, int]]) -> None:
     bands = Bands.of(*pairs)
     weight = torch.randn(16, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

@@ -79,6 +79,6 @@ def nearest(weight: Tensor, bands: Bands) -> Tensor:
     parts = []
     for band, cut in zip(bands, bands.slices(), strict=True):
         part = weight[:, cut]
-        scale = (part.abs().amax(dim=1, keepdim=True) / symmetric_limits(band.bits)[1]).clamp(min=1e-30)
-        parts.append(round_symmetric(part, scale, band.bits) * scale)
+        scale = part.abs().amax(dim=1, keepdim=True) / symmetric_limits(band.bits)[1]
+        parts.append(round_symmetric(part, scale.clamp(min=1e-30), band.bits) * scale)
     return torch.cat(parts, dim=1)
