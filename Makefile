@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # One process per core, each with one thread: the tests' tensors are tiny. A process takes about 1 GB.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install check fmt test test-slow sanitize bench tables clean
+.PHONY: demo install check fmt browser test test-slow sanitize bench accuracy tables clean
 
 # The first command on a fresh machine: installs, then quantizes a tiny embedded model with every recipe.
 demo: $(STAMP)
@@ -39,6 +39,10 @@ fmt: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) -m "not slow"
 
+# A headless Chromium in build/browser, for the tests of the report.
+browser: $(STAMP)
+	$(BIN)/python tests/report/fetch_browser.py build/browser
+
 test-slow: $(STAMP)
 	$(PYTEST) -m slow
 
@@ -60,6 +64,16 @@ bench: $(STAMP)
 	$(BENCH) --prefill 2048 --batch 2 --rounds 2 --against openvino,openvino-f32dq
 	$(BENCH) --prefill 128 --batch 8 --rounds 2 --against torch-bf16,openvino,openvino-f32dq
 	$(BENCH) --prefill 512 --batch 1 --head-bits 4.5 --against openvino,openvino-f32dq
+
+# Every recipe at 4 and 3 bits on the trained models beside the checkout: an hour on two idle cores. Goes on where it was.
+WIKITEXT := ../shared/data/wikitext-2
+accuracy: $(STAMP)
+	for model in llama-5m qwen2-5m; do \
+	  $(BIN)/resq compare ../shared/models/$$model --recipes all --bits 4,3 --jobs 2 --keep-checkpoints \
+	    --calibration $(WIKITEXT)/wiki.train.first1MB.raw --windows 512 --rounding-windows 128 --window-length 256 \
+	    --text $(WIKITEXT)/wiki.test.first400KB.raw --wikitext --out build/compare/$$model || exit; \
+	done
+	$(BIN)/python tools/collect.py build/compare/llama-5m build/compare/qwen2-5m
 
 # Rewrites the tables in README.md and docs, and the picture, from results/*.jsonl.
 tables: $(STAMP)

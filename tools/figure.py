@@ -1,4 +1,4 @@
-"""Draw docs/accuracy.svg from results/accuracy.jsonl (what each recipe adds to the loss at 4 and at 3 bits) and
+"""Draw docs/accuracy.svg from results/compare (what each recipe adds to the loss at 4 and at 3 bits) and
 docs/speed.svg from results/speed.jsonl (tokens per second of every engine, and our operators under the limits)."""
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 import numpy as np
 
-from tables import ROOT, latest, point_of, recipe_order, speed_rows
+from tables import ROOT, compared, headed, point_of, speed_rows
 
 matplotlib.use("svg")
 # The same rows give the same file.
@@ -22,13 +22,13 @@ COLORS = ("#3b6ea5", "#d98b2b")
 
 
 def accuracy() -> None:
-    rows = latest("accuracy.jsonl")
+    rows = headed(compared())
     models = sorted({row["model"] for row in rows})
-    names = recipe_order(rows)
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 5.2), sharey=True, layout="constrained")
     for panel, bits in zip(panels, (4, 3), strict=True):
         for number, model in enumerate(models):
-            found = {row["recipe"]: row["delta_16"] for row in rows if (row["model"], row.get("bits")) == (model, bits)}
+            found = {row["recipe"]: row["delta"] for row in rows if (row["model"], row["bits"]) == (model, bits)}
             mean = np.array([found[name]["mean"] for name in names])
             spread = np.array([[found[name][end] for name in names] for end in ("low", "high")])
             place = np.arange(len(names)) + (number - (len(models) - 1) / 2) * 0.38

@@ -9,6 +9,7 @@ from statistics import mean
 from typing import Any
 
 from resq.measure.rows import read_rows
+from resq.measure.speed import Point
 from resq.ptq.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,34 +49,122 @@ def recipe_order(rows: list[Row]) -> list[str]:
     return [name for name in RECIPES if any(row["recipe"] == name for row in rows)]
 
 
+def compared() -> list[Row]:
+    """Every row of the comparisons in results/compare with figures."""
+    files = sorted((ROOT / "results" / "compare").glob("*.jsonl"))
+    return [row for file in files for row in read_rows(file) if row["failed"] is None]
+
+
+def made_by(rows: list[Row]) -> str:
+    """`made_on` of rows whose provenance stands apart."""
+    return made_on([row["provenance"] for row in rows])
+
+
+def headed(rows: list[Row]) -> list[Row]:
+    """Rows of recipes.py, in its order, the 16-bit one left out."""
+    return [row for name in RECIPES for row in rows if row["recipe"] == name and row["seed"] == 0]
+
+
 def overview() -> list[str]:
     """One line per recipe: nominal bits, and perplexity over 16 bit's at 4 and 3 bits of each model."""
-    rows = latest("accuracy.jsonl")
+    rows = compared()
     models = sorted({row["model"] for row in rows})
     header = ["recipe", "bits W / A / KV", *(f"{model}, {bits} bit" for model in models for bits in (4, 3))]
     lines = []
-    for name in recipe_order(rows):
+    for name in dict.fromkeys(row["recipe"] for row in headed(rows)):
         bits = " / ".join(f"{mean:g}" for mean in RECIPES[name].precision.mean_bits())
-        found = {(row["model"], row.get("bits")): row for row in rows if row["recipe"] == name}
-        cells = [f"× {found[model, width]['ratio']:.3f}" for model in models for width in (4, 3)]
-        lines.append([f"**{name}**" if name == "resq" else name, bits, *cells])
-    return [*table(header, lines), "", made_on(rows)]
+        found = {(row["model"], row["bits"]): row for row in rows if row["recipe"] == name}
+        cells = [
+            f"× {found[model, width]['ratio']:.3f}" if (model, width) in found else ""
+            for model in models
+            for width in (4, 3)
+        ]
+        lines.append([f"**{name}**" if name in ("resq", "resq+") else name, bits, *cells])
+    return [*table(header, lines), "", made_by(rows)]
 
 
 def accuracy() -> list[str]:
     """Per model: 16 bit, then every recipe at 4 and 3 bits."""
-    rows = latest("accuracy.jsonl")
-    lines = []
+    rows, lines = compared(), []
     for model in sorted({row["model"] for row in rows}):
         of_model = [row for row in rows if row["model"] == model]
-        base = next(row for row in of_model if "bits" not in row)
+        base = next(row for row in of_model if row["recipe"] == "16-bit")
         lines.append([f"**{model}**", f"{base['perplexity']:.2f}", "", "", "", ""])
-        for name in recipe_order(of_model):
-            for row in (row for bits in (4, 3) for row in of_model if case(row)[:2] == (name, bits)):
-                deltas = [interval(row[key]) if key in row else "" for key in ("delta_16", "delta_rtn", "delta_quarot")]
-                lines.append([f"{name}, {row['bits']} bit", f"{row['perplexity']:.2f}", f"{row['ratio']:.4f}", *deltas])
-    header = ["model, recipe, low band", "perplexity", "× 16 bit", "Δ to 16 bit", "Δ to rtn", "Δ to quarot"]
-    return [*table(header, lines), "", made_on(rows)]
+        for bits in (4, 3):
+            for row in (row for row in headed(of_model) if row["bits"] == bits):
+                cells = [f"{row['perplexity']:.2f}", interval(row["delta"]), f"{row['kl']['mean']:.4f}"]
+                cells += [f"{row['agreement']['mean']:.1%}"]
+                lines.append([f"{row['recipe']}, {bits} bit", *cells, against(row, "resq")])
+    header = ["model, recipe, low band", "perplexity", "Δ to 16 bit", "KL", "top-1", "Δ to resq"]
+    return [*table(header, lines), "", made_by(rows)]
+
+
+def against(row: Row, other: str) -> str:
+    """The paired difference to another recipe, where there is one."""
+    return interval(row["against"][other]) if other in row["against"] else ""
+
+
+def order() -> list[str]:
+    """Paired differences at 3 bits between ResQ's recipes and the baselines."""
+    rows, lines = compared(), []
+    for model in sorted({row["model"] for row in rows}):
+        for row in (row for row in headed(rows) if row["model"] == model and row["bits"] == 3):
+            if row["recipe"] in ("quarot", "spinquant", "resq", "resq+", "resq-paper", "resq-246", "resq-learned"):
+                cells = [against(row, other) for other in ("rtn", "quarot", "spinquant", "resq")]
+                lines.append([f"{model}, {row['recipe']}", *cells])
+    header = ["3 bit", "Δ to rtn", "Δ to quarot", "Δ to spinquant", "Δ to resq"]
+    return [*table(header, lines), "", made_by(rows)]
+
+
+def cost() -> list[str]:
+    """What each recipe takes: true bits, bytes, seconds, memory, speed."""
+    rows, lines = [row for row in compared() if row["bits"] == 4], []
+    for row in headed(rows):
+        book, speed = row["ledger"], row["speed"]
+        bits = f"{book['weight_bits']:.2f} / {book['activation_bits']:.2f} / "
+        bits += f"{(book['key_bits'] + book['value_bits']) / 2:.2f}"
+        rate = "" if speed is None else f"{speed['tokens_per_second']:,.0f} (× {speed['ratio']:.2f})"
+        cells = [bits, f"{book['bytes'] / 1e6:.1f}", f"{row['quantize_seconds']:.0f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+        lines.append([f"{row['model']}, {row['recipe']}", *cells, rate])
+    header = ["4 bit", "true bits W / A / KV", "MB", "seconds", "peak GB", "prefill, tokens/s (× float32 source)"]
+    return [*table(header, lines), "", made_by(rows)]
+
+
+def gap() -> list[str]:
+    """What part of resq's gap to 16 bit resq+ closes, in loss and in KL, summed over models and widths."""
+    rows, lines = compared(), []
+    totals = dict.fromkeys(("resq", "resq+"), (0.0, 0.0))
+    for model in sorted({row["model"] for row in rows}):
+        for bits in (4, 3):
+            at = {row["recipe"]: row for row in headed(rows) if (row["model"], row["bits"]) == (model, bits)}
+            cells = [interval(at[name]["delta"]) for name in totals] + [interval(at["resq+"]["against"]["resq"])]
+            cells += [f"{at[name]['kl']['mean']:.4f}" for name in totals]
+            lines.append([f"{model}, {bits} bit", *cells])
+            for name, (loss, divergence) in totals.items():
+                totals[name] = loss + at[name]["delta"]["mean"], divergence + at[name]["kl"]["mean"]
+    (loss, divergence), (better, nearer) = totals["resq"], totals["resq+"]
+
+    closed = (
+        f"{better:.4f}, **{1 - better / loss:.0%} closed**",
+        f"{nearer:.4f}, **{1 - nearer / divergence:.0%} less**",
+    )
+    lines.append(["sum", f"{loss:.4f}", closed[0], "", f"{divergence:.4f}", closed[1]])
+    return [*table(["", "Δ resq", "Δ resq+", "resq+ − resq", "KL resq", "KL resq+"], lines), "", made_by(rows)]
+
+
+def tuning() -> list[str]:
+    """What was tried for resq+, on validation text."""
+    rows = read_rows(ROOT / "results" / "resq-plus.jsonl")
+    lines = []
+    for row in rows:
+        cells = [
+            f"{row[model][what]:+.4f}" if what == "delta" else f"{row[model][what]:.4f}"
+            for what in ("delta", "kl")
+            for model in ("llama-5m", "qwen2-5m")
+        ]
+        lines.append([row["tried"], str(row["bits"]), *cells])
+    header = ["tried", "bits", "Δ llama-5m", "Δ qwen2-5m", "KL llama-5m", "KL qwen2-5m"]
+    return table(header, lines)
 
 
 def head() -> list[str]:
@@ -124,9 +213,7 @@ def speed_rows() -> list[Row]:
 
 def point_of(row: Row) -> str:
     """What a speed row measured, in words."""
-    if row["mode"] == "prefill":
-        return f"prefill {row['tokens']}"
-    return f"decode, batch {row['batch']}, context {row['context']}"
+    return str(Point(row["mode"], row["tokens"], row["batch"], row["context"]))
 
 
 def speed() -> list[str]:
@@ -181,6 +268,10 @@ def operators() -> list[str]:
 TABLES = {
     "overview": overview,
     "accuracy": accuracy,
+    "order": order,
+    "cost": cost,
+    "gap": gap,
+    "tuning": tuning,
     "head": head,
     "ablation": ablation,
     "calibration": calibration,
@@ -190,7 +281,7 @@ TABLES = {
 
 
 def main() -> None:
-    for file in (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "kernels.md"):
+    for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
         text = file.read_text(encoding="utf-8")
         for name in re.findall(r"<!-- table: (\w+) -->", text):
             made = "\n".join(TABLES[name]())

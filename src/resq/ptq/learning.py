@@ -67,8 +67,8 @@ class LearnRotations:
 
     Activations and cache are rounded straight through, weights stay 16 bit unless `round_weights`. Every step takes the
     next `batch` calibration windows; the rate falls linearly to 0. whole: one R over all bands, which learns the
-    subspace too. residual: one map; value: one R per layer, shared by its kv heads, or one each where `whole` or bands
-    tell them apart; query_key: per layer.
+    subspace too. residual: one map; value: one R per layer, shared by its kv heads; query_key: per
+    layer.
     """
 
     on: tuple[Site, ...]

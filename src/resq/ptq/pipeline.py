@@ -35,7 +35,8 @@ class LinearReport:
     """What rounding one linear cost.
 
     error: ||X W^T - X Ŵ^T||² / ||X W^T||² on the calibration inputs, or of the weights alone (None inputs) when the
-    rounding used no moment. damping: what the Cholesky factorization took. seconds: wall time.
+    rounding used no moment; W is the weight that was rounded, after the rounding's correction where it makes one.
+    damping: what the Cholesky factorization took. seconds: wall time.
     """
 
     layer: int

@@ -27,7 +27,7 @@ Rotation = Callable[[int, torch.Generator], Tensor]
 
 
 def by_variance(moment: Tensor, generator: torch.Generator) -> Tensor:
-    """Eigenvectors, ascending: the subspace of most energy (paper theorem 4.2)."""
+    """Eigenvectors, ascending: the subspace of most energy (paper theorem 2.2, as docs/math.md corrects it)."""
     return eigenbasis(moment)[1]
 
 
