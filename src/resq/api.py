@@ -25,7 +25,6 @@ from resq.progress import Progress, silent
 from resq.ptq.pipeline import Job, LinearReport
 from resq.ptq.pipeline import quantize as run_pipeline
 from resq.ptq.recipe import Recipe, Setting
-from resq.ptq.recipe_file import definition_of
 from resq.ptq.recipes import recipe_named
 
 # What of a source goes along: tokenizer, chat templates, generation config, licences.
@@ -123,7 +122,7 @@ def quantize(
         _copy_files(model, writer)
         header = {
             "made_by": _versions(),
-            "recipe": RecipeEntry(**method.describe(), seed=seed, definition=definition_of(method)),
+            "recipe": RecipeEntry(**method.describe(), seed=seed),
             "source": SourceEntry(
                 name=model.name,
                 model_type=model.config["model_type"],

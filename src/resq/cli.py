@@ -482,16 +482,12 @@ def recipes(
 ) -> None:
     """The methods that --recipe takes beside .toml and .json files, and what each rounds to how many bits."""
     from resq.ptq.ablations import ABLATIONS
-    from resq.ptq.recipe_file import recipe_to_dict
     from resq.ptq.recipes import RECIPES
 
     found = {"recipes": RECIPES, **({"ablations": ABLATIONS} if ablations else {})}
     if json_output:
         told = {
-            kind: [
-                {**recipe.describe(), "about": recipe.about, "definition": recipe_to_dict(recipe)}
-                for recipe in each.values()
-            ]
+            kind: [{**recipe.describe(), "about": recipe.about} for recipe in each.values()]
             for kind, each in found.items()
         }
         print(json.dumps(told))

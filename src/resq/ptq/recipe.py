@@ -507,12 +507,16 @@ class Recipe:
         return str(self.rounding) if rounded else "none, every decoder weight stays 16 bit"
 
     def describe(self) -> dict[str, Any]:
-        """Words for a manifest: name, basis, precision, rounding."""
+        """For a manifest: name, basis, precision and rounding in words, and the definition as a file has it."""
+        # It knows every kind of basis, each of which builds on this file.
+        from resq.ptq.recipe_file import definition_of
+
         return {
             "name": self.name,
             "basis": [str(part) for part in (*self.basis, *self.tuning, self.clipping) if part is not None],
             "precision": self.precision.describe(),
             "rounding": self.rounding_words,
+            "definition": definition_of(self),
         }
 
     @property
