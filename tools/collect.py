@@ -1,6 +1,6 @@
 """Copy the rows of a comparison into results/, with what every case is worth against others on the same windows.
 
-`python tools/collect.py DIR [DIR …]` writes results/compare/<name of the source>.jsonl.
+`python tools/collect.py DIR [DIR …]` writes results/compare/<name of DIR>.jsonl.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def collect(directory: Path) -> Path:
     done = [row for row in rows if row.failed is None]
     losses = {row.case: scores_of(directory / "cases" / row.case).nll.double().mean(dim=1) for row in done}
     at = {(row.recipe, row.bits, row.seed): row.case for row in done}
-    name = Path(json.loads((directory / "compare.json").read_text("utf-8"))["plan"]["source"]).name
+    plan = json.loads((directory / "compare.json").read_text("utf-8"))["plan"]
+    run = {"run": directory.name, "model": Path(plan["source"]).name}
+    run |= {"calibration": [Path(file).name for file in plan["calibration"]], "calibration_windows": plan["windows"]}
     lines = []
     for row in rows:
         others = {other: at.get((other, row.bits, row.seed)) for other in AGAINST if other != row.recipe}
@@ -36,8 +38,8 @@ def collect(directory: Path) -> Path:
         }
         plain = json.loads(ROW.dump_json(row))
         plain.pop("key")  # paths and hashes of this machine
-        lines.append(json.dumps({"model": name, **plain, "against": against}))
-    out = ROOT / "results" / "compare" / f"{name}.jsonl"
+        lines.append(json.dumps({**run, **plain, "against": against}))
+    out = ROOT / "results" / "compare" / f"{directory.name}.jsonl"
     out.parent.mkdir(exist_ok=True)
     write_text(out, "\n".join(lines) + "\n")
     return out

@@ -10,6 +10,7 @@ from typing import Any
 
 from resq.measure.rows import read_rows
 from resq.measure.speed import Point
+from resq.ptq.ablations import ABLATIONS
 from resq.ptq.recipes import RECIPES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,20 +38,13 @@ def made_on(rows: list[Row]) -> str:
     return f"Commit {commits}, torch {rows[-1]['torch']}, {rows[-1]['machine']}."
 
 
-def latest(file: str, *, head: int = 16) -> list[Row]:
-    """The newest row of every model and case with lm_head in `head` bit, 16-bit rows first."""
-    rows = [row for row in read_rows(ROOT / "results" / file) if row.get("head_bits", head) == head]
-    newest = {(row["model"], *case(row)): row for row in rows}
-    return sorted(newest.values(), key=lambda row: "bits" in row)
-
-
-def recipe_order(rows: list[Row]) -> list[str]:
-    """Recipes that were measured, as recipes.py lists them."""
-    return [name for name in RECIPES if any(row["recipe"] == name for row in rows)]
-
-
 def compared() -> list[Row]:
-    """Every row of the comparisons in results/compare with figures."""
+    """Every row of the comparisons of the models, in results/compare/<model>.jsonl."""
+    return [row for row in every_run() if row["run"] == row["model"]]
+
+
+def every_run() -> list[Row]:
+    """Every row with figures in results/compare; runs with another calibration are <model>-<what>."""
     files = sorted((ROOT / "results" / "compare").glob("*.jsonl"))
     return [row for file in files for row in read_rows(file) if row["failed"] is None]
 
@@ -169,13 +163,38 @@ def tuning() -> list[str]:
 
 def head() -> list[str]:
     """What an 8-bit lm_head and head input add, in nats per token."""
-    rows = latest("accuracy.jsonl", head=8)
-    rows = [row for row in rows if "delta_head16" in row]
+    rows = [row for row in read_rows(ROOT / "results" / "head.jsonl") if "delta_head16" in row]
     lines = [[row["model"], row["recipe"], interval(row["delta_head16"])] for row in rows]
     return [*table(["model", "recipe", "8 bit against 16 bit, Δ nats [95 %]"], lines), "", made_on(rows)]
 
 
 def ablation() -> list[str]:
+    """What each choice inside resq is worth at 3 bits, and the rank sweep."""
+    rows, lines = compared(), []
+    for name in ("resq", *ABLATIONS):
+        for row in (row for row in rows if (row["recipe"], row["bits"], row["seed"]) == (name, 3, 0)):
+            cells = [
+                f"{row['perplexity']:.2f}",
+                interval(row["delta"]),
+                f"{row['kl']['mean']:.4f}",
+                against(row, "resq"),
+            ]
+            lines.append([f"{row['model']}, {name}", *cells])
+    return [*table(["3 bit", "perplexity", "Δ to 16 bit", "KL", "Δ to resq"], lines), "", made_by(rows)]
+
+
+def texts() -> list[str]:
+    """The same recipe calibrated on other texts and other numbers of windows."""
+    lines = []
+    rows = [row for row in every_run() if (row["recipe"], row["bits"], row["seed"]) == ("resq", 3, 0)]
+    for row in rows:
+        cells = [", ".join(row["calibration"]), str(row["calibration_windows"]), interval(row["delta"])]
+        lines.append([row["model"], *cells, f"{row['kl']['mean']:.4f}"])
+    header = ["resq, 3 bit", "calibration text", "windows", "Δ to 16 bit", "KL"]
+    return [*table(header, lines), "", made_by(rows)]
+
+
+def seeds() -> list[str]:
     """Δ nats to 16 bit of each choice, every seed and their mean."""
     rows = [row for row in read_rows(ROOT / "results" / "ablation.jsonl") if "delta_16" in row]
     models = sorted({row["model"] for row in rows})
@@ -274,6 +293,8 @@ TABLES = {
     "tuning": tuning,
     "head": head,
     "ablation": ablation,
+    "texts": texts,
+    "seeds": seeds,
     "calibration": calibration,
     "speed": speed,
     "operators": operators,
