@@ -172,6 +172,8 @@ def drawn(number: int) -> Case:
     head_bits = dice.pick(None, None, 8)
     untie = config["tie_word_embeddings"] and head_bits is None and dice.pick(True, False)
     bits, padding = dice.pick(None, 2, 3, 4, 6, 6), dice.between(1, prompt - 1)
+    if recipe == "resq-246" and bits == 2:
+        bits = 3  # its first part is 2 bits narrower
     return Case(model_type, config, recipe, bits, head_bits, untie, prompt, padding, number)
 
 
