@@ -160,6 +160,9 @@ def test_a_layout_changes_as_the_override_says() -> None:
     assert Override("*", bits=3, rank=16).layout(layout) == Layout(3, ((6, 8), (8, 16)))
     assert Override("*", rank=0).layout(layout) == Layout(4)
     assert Override("*", bits=4).layout(None) == Layout(4)
+    with pytest.raises(InputError, match="gives a rank to what has 16 bit"):
+        Override("*", rank=4).layout(None)
+    assert Override("*", bits=4).layout(None) == Layout(4)
     assert Override("*", rounding=Nearest()).layout(None) is None
     assert Override("*", skip=True).layout(INT8) is None
 

@@ -93,16 +93,16 @@ class Override:
         return fnmatchcase(name, self.pattern)
 
     def layout(self, before: Layout | None) -> Layout | None:
-        """What becomes of a layout. Raises InputError where 16 bit would have to be cut."""
+        """What becomes of a layout. Raises InputError for a rank without bits where there are 16."""
         if self.skip:
             return None
         if before is None:
-            if self.bits is None and self.rank is None:
-                return None
-            before = Layout(8)
-        if self.bits is not None:
+            if self.bits is None and self.rank is not None:
+                raise InputError(f"override {self.pattern!r} gives a rank to what has 16 bit; give it bits too")
+            before = None if self.bits is None else Layout(self.bits)
+        elif self.bits is not None:
             before = before.with_low(self.bits)
-        return before if self.rank is None else before.with_rank(self.rank)
+        return before if before is None or self.rank is None else before.with_rank(self.rank)
 
     def __str__(self) -> str:
         changes = ["16 bit"] if self.skip else []
