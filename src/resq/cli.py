@@ -571,6 +571,8 @@ def version(asked: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Signals that arrived: native code may turn the exception that a handler raises inside it into one of its own.
+_arrived: list[int] = []
 
 
 class Interrupted(BaseException):
@@ -578,6 +580,7 @@ class Interrupted(BaseException):
 
 
 def _interrupt(number: int, frame: object) -> None:
+    _arrived.append(number)
     for other in INTERRUPTS:  # what is being removed now is not interrupted again
         signal.signal(other, signal.SIG_IGN)
     raise Interrupted
@@ -607,6 +610,8 @@ def main() -> None:
         fail(str(error))
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions")
-    except Interrupted:
+    except BaseException:
+        if not _arrived:
+            raise
         err.print("interrupted; nothing half-written was kept")
         sys.exit(130)
