@@ -24,7 +24,9 @@ COLORS = ("#3b6ea5", "#d98b2b")
 def accuracy() -> None:
     rows = headed(compared())
     models = sorted({row["model"] for row in rows})
-    names = list(dict.fromkeys(row["recipe"] for row in rows))
+    every = list(dict.fromkeys(row["recipe"] for row in rows))
+    # Those measured on every model at both widths.
+    names = [name for name in every if sum(row["recipe"] == name for row in rows) == 2 * len(models)]
     figure, panels = plt.subplots(1, 2, figsize=(9, 5.2), sharey=True, layout="constrained")
     for panel, bits in zip(panels, (4, 3), strict=True):
         for number, model in enumerate(models):
