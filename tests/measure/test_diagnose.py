@@ -30,7 +30,8 @@ from resq.numerics.maps import Dense, Diagonal, LinearMap, PerHead, Permutation,
 from resq.progress import silent
 from resq.ptq.pipeline import fit_maps
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import Moments, Override, Precision, Recipe
+from resq.ptq.precision import Override, Precision
+from resq.ptq.recipe import Moments, Recipe
 from resq.ptq.recipes import RESQ, recipe_named
 from resq.ptq.statistics import collect
 

@@ -17,7 +17,8 @@ from resq.models.architecture import READERS, Point, Role, Shape
 from resq.models.rope import Rope
 from resq.numerics.bands import INT8, Layout
 from resq.ptq.pipeline import check_sizes
-from resq.ptq.recipe import Override, Recipe, names_of
+from resq.ptq.precision import Override, names_of
+from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import GPTQ, QUIK, RESQ, RESQ_WEIGHT_ONLY, RTN
 from resq.ptq.rounding.gptq import Gptq
 from resq.ptq.rounding.nearest import Nearest

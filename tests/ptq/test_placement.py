@@ -24,7 +24,8 @@ from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense, Diagonal, Hadamard, LinearMap, PerHead, Permutation, random_orthogonal
 from resq.ptq.pipeline import fit_maps
 from resq.ptq.placement import Placement, fold_norms, in_float64, rounded_matrix
-from resq.ptq.recipe import At, Moments, Precision
+from resq.ptq.precision import Precision
+from resq.ptq.recipe import At, Moments
 from resq.ptq.recipes import QUAROT, RESQ, RESQ_PAPER, RTN
 from resq.ptq.statistics import collect
 

@@ -25,7 +25,8 @@ from resq.ptq.ablations import ABLATIONS
 from resq.ptq.basis.pca import Pca, at_random, haar
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.pipeline import check_sizes
-from resq.ptq.recipe import Override, Recipe
+from resq.ptq.precision import Override
+from resq.ptq.recipe import Recipe
 from resq.ptq.recipe_file import (
     BASES,
     ROUNDINGS,

@@ -23,7 +23,8 @@ from resq.numerics.maps import Dense, LinearMap
 from resq.progress import silent
 from resq.ptq.pipeline import fit_maps
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import At, Precision, Recipe
+from resq.ptq.precision import Precision
+from resq.ptq.recipe import At, Recipe
 from resq.ptq.recipes import QUIK, RECIPES, RESQ, SMOOTHQUANT_PLUS, SPINQUANT
 from resq.ptq.rounding.nearest import Nearest
 from resq.ptq.simulation import Simulation, nearest, rounded

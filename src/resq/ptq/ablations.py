@@ -8,7 +8,8 @@ from fractions import Fraction
 from resq.models.architecture import Site
 from resq.ptq.basis.fixed import GatherHeads, hadamard
 from resq.ptq.basis.pca import Pca, at_random, by_magnitude, none, pca, randomised_hadamard
-from resq.ptq.recipe import Precision, Recipe
+from resq.ptq.precision import Precision
+from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import GPTQ, RESQ, RESQ_PAPER, RESQ_WEIGHT_ONLY, UNIFORM
 from resq.ptq.rounding.gptq import Gptq
 from resq.ptq.rounding.nearest import Nearest

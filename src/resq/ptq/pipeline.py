@@ -25,7 +25,8 @@ from resq.numerics.moments import MomentSum
 from resq.progress import Progress
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import At, Fitted, InputMoments, Moments, Precision, Recipe, Setting, names_of
+from resq.ptq.precision import Precision, names_of
+from resq.ptq.recipe import At, Fitted, InputMoments, Moments, Recipe, Setting
 from resq.ptq.rounding.nearest import Nearest
 from resq.ptq.statistics import check_finite, collect, in_dtype
 

@@ -16,7 +16,8 @@ from resq.numerics.bands import Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense, Diagonal, LinearMap, OnlineMap, PerHead, as_reader, as_writer
-from resq.ptq.recipe import At, Precision
+from resq.ptq.precision import Precision
+from resq.ptq.recipe import At
 
 # RMSNorm and q·k commute with rotations only.
 _ORTHOGONAL = frozenset({Site.RESIDUAL, Site.QUERY_KEY})

@@ -23,7 +23,8 @@ from resq.ptq.basis.pca import Pca, at_random, by_magnitude, by_variance, haar, 
 from resq.ptq.basis.peaks import OutliersLast, SearchStrength, Smooth
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.learning import LearnRotations
-from resq.ptq.recipe import Override, Precision, Recipe, Rounding
+from resq.ptq.precision import Override, Precision
+from resq.ptq.recipe import Recipe, Rounding
 from resq.ptq.rounding.gptq import Gptq
 from resq.ptq.rounding.nearest import Nearest
 

@@ -13,7 +13,8 @@ from resq.ptq.basis.pca import pca
 from resq.ptq.basis.peaks import SearchStrength, outliers_last, smooth
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.learning import learn_rotations
-from resq.ptq.recipe import Precision, Recipe
+from resq.ptq.precision import Precision
+from resq.ptq.recipe import Recipe
 from resq.ptq.rounding.gptq import Gptq
 from resq.ptq.rounding.nearest import Nearest
 

@@ -20,7 +20,8 @@ from resq.numerics.bands import Bands
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import LinearMap
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import At, Precision, Recipe
+from resq.ptq.precision import Precision
+from resq.ptq.recipe import At, Recipe
 from resq.ptq.statistics import in_dtype
 
 
