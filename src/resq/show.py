@@ -196,8 +196,10 @@ def system(facts: dict[str, Any]) -> None:
     table = Table(show_header=False, box=None)
     for entry in facts["backends"]:
         name, reason = entry["name"], entry["unusable"]
-        # A backend is never taken in the place of the first.
-        used = "used" if entry is facts["backends"][0] else f"usable when asked for: --backend {name}"
+        # A backend is never taken in the place of the preferred one.
+        used = "used" if name == facts["preferred"] else f"usable when asked for: --backend {name}"
+        if name == "triton" and facts["card"]:
+            used += f" ({facts['card']})"
         table.add_row(f"backend {name}", used if reason is None else f"not usable: {reason}")
     faster = True
     for entry in facts["instruction_sets"]:

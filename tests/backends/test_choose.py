@@ -35,8 +35,8 @@ def one_line(error: Exception) -> str:
     return str(error)
 
 
-def test_the_cpu_backend_is_the_first_choice_and_the_reference_the_last() -> None:
-    assert list(BACKENDS) == ["cpu", "reference"]
+def test_the_cpu_backend_is_the_first_choice_without_a_card_and_the_reference_the_last() -> None:
+    assert list(BACKENDS) == ["triton", "cpu", "reference"]
     assert backend_named() is backend_named("cpu") is CPU
     assert backend_named("reference") is REFERENCE
     other = replace(REFERENCE, name="other")
@@ -47,7 +47,7 @@ def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError) as refused:
         backend_named("referense")
     said = one_line(refused.value)
-    assert "cpu, reference" in said
+    assert "triton, cpu, reference" in said
     assert "did you mean reference?" in said
 
 
@@ -64,7 +64,7 @@ def test_a_backend_that_cannot_run_says_why_and_no_other_takes_its_place(monkeyp
             instruction_sets()  # the other tests' way to what they run on: they fail, they are not skipped
         assert backend_named("reference") is REFERENCE
         facts = describe_system()
-        assert facts["backends"] == [
+        assert facts["backends"][1:] == [
             {"name": "cpu", "unusable": "its kernels are not built"},
             {"name": "reference", "unusable": None},
         ]
@@ -117,7 +117,7 @@ def test_a_forced_instruction_set_is_used_or_the_backend_is_not(monkeypatch: pyt
             backend_named()
         facts = describe_system()
         assert facts["forced"] == name
-        assert "RESQ_CPU_ISA" in facts["backends"][0]["unusable"]
+        assert "RESQ_CPU_ISA" in facts["backends"][1]["unusable"]
         # Nothing is taken in its place, and nothing is said to be.
         assert facts["active"] is None
         assert len(facts["instruction_sets"]) == len(native.instruction_sets())
@@ -134,7 +134,8 @@ def test_inspect_tells_what_runs_here_and_why_not_the_others() -> None:
     assert facts["active"] == native.module().active()
     assert [each["name"] for each in facts["instruction_sets"]][-1] == "scalar"
     assert [each["name"] for each in facts["instruction_sets"] if each["missing"] is None] == instruction_sets()
-    assert facts["backends"][0] == {"name": "cpu", "unusable": None}
+    assert facts["backends"][1] == {"name": "cpu", "unusable": None}
+    assert facts["preferred"] == "cpu"
     assert facts["threads"] >= 1
     shown = run("inspect", "--system")
     assert shown.returncode == 0, shown.stderr
@@ -157,7 +158,7 @@ def test_a_command_takes_the_forced_instruction_set_from_its_environment() -> No
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
     assert facts["forced"] == facts["active"] == "scalar"
-    assert facts["backends"][0]["unusable"] is None
+    assert facts["backends"][1]["unusable"] is None
 
 
 def test_generating_with_an_unusable_instruction_set_ends_in_one_line(

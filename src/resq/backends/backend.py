@@ -48,6 +48,7 @@ class LayerCache(Protocol):
 @dataclass(frozen=True)
 class Backend:
     """A record of operators. `dtype` is that of float tensors between operators: float32, the reference's named points.
+    `device` is where they lie, and where `prepack` puts weights; norms and formats may lie anywhere.
 
     norm_quantize(x [b, t, n], norm, format) -> Activations: RMSNorm, online map, rounding.
     linears(x, weights, onto=None) -> [b, t, out] per weight: quantized or float activations times prepacked weights
@@ -66,6 +67,7 @@ class Backend:
 
     name: str
     dtype: torch.dtype
+    device: torch.device
     unusable: Callable[[], str | None]
     prepack: Callable[..., Any]
     norm_quantize: Callable[[Tensor, Norm, ActivationFormat], Activations]

@@ -10,16 +10,25 @@ import torch
 from resq.backends.backend import Backend
 from resq.backends.cpu import CPU, native
 from resq.backends.reference import REFERENCE
+from resq.backends.triton import TRITON
+from resq.backends.triton.device import INTERPRETING, card
 from resq.errors import BackendUnavailable, InputError, nearest
 
-# The order of preference.
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (CPU, REFERENCE)}
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, CPU, REFERENCE)}
+
+
+def preferred() -> Backend:
+    """What is taken unasked: the card's backend where there is a card that runs it, else the CPU's."""
+    return TRITON if not INTERPRETING and TRITON.unusable() is None else CPU
 
 
 def describe_system() -> dict[str, Any]:
-    """Which backend and instruction set are used here and why the others are not: backends, the one that is taken
-    unasked first; instruction_sets (name, reason or None) that were built; active, None where the first is not usable;
-    forced, by the environment; threads."""
+    """Which backend and instruction set are used here and why the others are not.
+
+    backends (name, reason or None); preferred, the name of the one that is taken unasked; card, the NVIDIA card that
+    Triton's kernels run on or None; instruction_sets (name, reason or None) that were built; active, None where the CPU
+    backend is not usable; forced, by the environment; threads.
+    """
     reasons = {name: backend.unusable() for name, backend in BACKENDS.items()}
     try:
         sets = native.instruction_sets()
@@ -27,6 +36,8 @@ def describe_system() -> dict[str, Any]:
         sets = []
     return {
         "backends": [{"name": name, "unusable": reason} for name, reason in reasons.items()],
+        "preferred": preferred().name,
+        "card": card(),
         "instruction_sets": [{"name": each.name, "missing": each.missing} for each in sets],
         "active": native.module().active() if reasons[CPU.name] is None else None,
         "forced": os.environ.get(native.FORCE),
@@ -35,7 +46,7 @@ def describe_system() -> dict[str, Any]:
 
 
 def backend_named(name: str | Backend | None = None) -> Backend:
-    """The backend of that name, or the first of `BACKENDS`; a Backend is returned as it is.
+    """The backend of that name, or the `preferred` one; a Backend is returned as it is.
 
     Raises InputError for an unknown name and BackendUnavailable when the backend cannot run here: a slower one is
     never taken in its place.
@@ -43,7 +54,7 @@ def backend_named(name: str | Backend | None = None) -> Backend:
     if name is not None and not isinstance(name, str):
         chosen = name
     else:
-        name = next(iter(BACKENDS)) if name is None else name
+        name = preferred().name if name is None else name
         if name not in BACKENDS:
             raise InputError(f"no backend {name!r}; there are {', '.join(BACKENDS)}{nearest(name, BACKENDS)}")
         chosen = BACKENDS[name]

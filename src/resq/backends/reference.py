@@ -247,6 +247,7 @@ def _operators(
     compute: torch.dtype,
     point: torch.dtype,
     rounding: Callable[[Tensor, ActivationFormat], Tensor] | None,
+    device: torch.device,
 ) -> Backend:
     """rounding: of an activation whose format has bands, in floating point on plain weights; None for integers, in
     weights and cache too, and for inputs of online maps that are rounded where the format asks for it."""
@@ -322,6 +323,7 @@ def _operators(
     return Backend(
         name=name,
         dtype=point,
+        device=device,
         unusable=lambda: None,
         prepack=prepack,
         norm_quantize=norm_quantize,
@@ -334,16 +336,18 @@ def _operators(
     )
 
 
-REFERENCE = _operators("reference", torch.float64, torch.float32, None)
+CPU = torch.device("cpu")
+
+REFERENCE = _operators("reference", torch.float64, torch.float32, None, CPU)
 
 
-def dense(dtype: torch.dtype) -> Backend:
+def dense(dtype: torch.dtype, device: torch.device = CPU) -> Backend:
     """The same operators in `dtype` with activations and cache left unrounded."""
-    return _operators(f"dense {str(dtype).removeprefix('torch.')}", dtype, dtype, _unrounded)
+    return _operators(f"dense {str(dtype).removeprefix('torch.')}", dtype, dtype, _unrounded, device)
 
 
-def straight_through() -> Backend:
+def straight_through(device: torch.device = CPU) -> Backend:
     """The same operators in float32 on plain weights; activations and cache are rounded to the values that the integers
     stand for, and a gradient passes the rounding unchanged (Bengio et al., arXiv 1308.3432). Inputs of online maps are
     not rounded."""
-    return _operators("straight-through", torch.float32, torch.float32, _straight_through)
+    return _operators("straight-through", torch.float32, torch.float32, _straight_through, device)

@@ -49,8 +49,8 @@ class Ends:
     head: Any
 
     def prepacked(self, ops: Backend) -> Ends:
-        """The same with the head in the backend's own layout."""
-        return replace(self, head=ops.prepack(self.head, self.head_input))
+        """The same with the head in the backend's own layout, and the table on its device."""
+        return replace(self, embed=self.embed.to(ops.device), head=ops.prepack(self.head, self.head_input))
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,18 @@ class Positions:
     starts: Tensor | None = None
 
     @classmethod
-    def following(cls, shape: Shape, past: int, batch: int, tokens: int, starts: Tensor | None = None) -> Positions:
-        """The `tokens` slots after `past`; a row's position 0 is its first valid slot."""
-        slots = torch.arange(past, past + tokens)[None].expand(batch, -1)
+    def following(
+        cls,
+        shape: Shape,
+        past: int,
+        batch: int,
+        tokens: int,
+        starts: Tensor | None = None,
+        device: torch.device | None = None,
+    ) -> Positions:
+        """The `tokens` slots after `past`, on `device`; a row's position 0 is its first valid slot."""
+        starts = None if starts is None else starts.to(device)
+        slots = torch.arange(past, past + tokens, device=device)[None].expand(batch, -1)
         positions = slots if starts is None else (slots - starts[:, None]).clamp(min=0)
         cos, sin = shape.rope.tables(positions)
         return cls(cos, sin, starts)
@@ -108,8 +117,8 @@ def forward_layer(
 
 
 def embed(ops: Backend, ends: Ends, tokens: Tensor) -> Tensor:
-    """Rows of the embedding table: tokens int64 [b, t] -> [b, t, d]."""
-    return F.embedding(tokens, ends.embed).to(ops.dtype)
+    """Rows of the embedding table: tokens int64 [b, t] -> [b, t, d], where the table lies."""
+    return F.embedding(tokens.to(ends.embed.device), ends.embed).to(ops.dtype)
 
 
 def logits(ops: Backend, ends: Ends, hidden: Tensor) -> Tensor:
@@ -133,7 +142,7 @@ def forward(
     caches: one per layer, appended to; starts int64 [b]: first valid slot of each left-padded row.
     """
     past = caches[0].length if caches else 0
-    at = Positions.following(shape, past, tokens.shape[0], tokens.shape[1], starts)
+    at = Positions.following(shape, past, tokens.shape[0], tokens.shape[1], starts, ops.device)
     hidden = embed(ops, ends, tokens)
     for index, layer in enumerate(layers):
         hidden = forward_layer(ops, shape, layer, hidden, at, caches[index] if caches else None)

@@ -309,6 +309,7 @@ def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window:
 CPU = Backend(
     name="cpu",
     dtype=torch.float32,
+    device=torch.device("cpu"),
     unusable=unusable,
     prepack=prepack,
     norm_quantize=norm_quantize,

@@ -1,0 +1,1 @@
+"""Triton kernels; nothing here knows of models or files."""
