@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from resq.backends.cpu.native import module
+from resq.backends.kept import Kept
 from resq.errors import InputError
 from resq.numerics.bands import Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
@@ -21,30 +20,8 @@ from resq.numerics.maps import Dense, Hadamard, OnlineMap, PerHead, Permutation
 # The order of csrc/kernels.h: Element.
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 
-
 # 255 · 128 · n must stay below 2^31: the largest product of an activation and a weight, n times.
 LONGEST = (2**31 - 1) // (255 * 128)
-
-K = TypeVar("K")
-V = TypeVar("V")
-
-
-class Kept(Generic[K, V]):
-    """State: what was made of objects, by identity, for as long as they live."""
-
-    def __init__(self, make: Callable[[K], V]) -> None:
-        self._make = make
-        self._kept: dict[int, tuple[Any, V]] = {}
-
-    def __call__(self, of: K) -> V:
-        """What was made of `of`."""
-        key = id(of)
-        found = self._kept.get(key)
-        if found is not None:
-            return found[1]
-        made = self._make(of)
-        self._kept[key] = (weakref.ref(of, lambda _: self._kept.pop(key, None)), made)
-        return made
 
 
 @dataclass(frozen=True)
