@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resq.backends.cpu.native import module
+from resq.backends.cuts import source_bands
 from resq.backends.kept import Kept
 from resq.errors import InputError
 from resq.numerics.bands import Bands
@@ -19,9 +20,6 @@ from resq.numerics.maps import Dense, Hadamard, OnlineMap, PerHead, Permutation
 
 # The order of csrc/kernels.h: Element.
 ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
-
-# 255 · 128 · n must stay below 2^31: the largest product of an activation and a weight, n times.
-LONGEST = (2**31 - 1) // (255 * 128)
 
 
 @dataclass(frozen=True)
@@ -187,25 +185,7 @@ def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
     scale = linear.scale.contiguous()
     bias = None if linear.bias is None else linear.bias.to(torch.float32).contiguous()
     out, size = linear.shape
-    widest = max(band.size for band in linear.bands) // groups
-    if widest > LONGEST:
-        raise InputError(f"a band of {widest} columns overflows 32-bit sums; the CPU backend takes up to {LONGEST}")
     base = 0 if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()
     handle = module().PackedLinear(threads, out, size, bands, source, groups, scale.data_ptr(), base)
     return PackedWeight(handle, out, size, cut, groups)
-
-
-def source_bands(inputs: Bands, weights: Bands, groups: int) -> list[int]:
-    """The activation band of every weight band. Raises InputError when the cuts do not fit."""
-    outer = inputs.slices()
-    source = []
-    for band, cut in zip(weights, weights.slices(), strict=True):
-        fits = [i for i, each in enumerate(outer) if each.start <= cut.start and cut.stop <= each.stop]
-        if not fits or (groups > 1 and inputs.bands[fits[0]].size != band.size):
-            raise InputError(
-                f"weight bands {weights.pairs} do not fit activation bands {inputs.pairs} of {groups} groups; "
-                "a weight band lies inside one activation band, and is all of it where there are several groups"
-            )
-        source.append(fits[0])
-    return source
