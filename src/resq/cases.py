@@ -22,6 +22,7 @@ from resq.measure.ledger import Ledger, ledger
 from resq.measure.perplexity import Interval, Streamed, open_streamed, perplexity
 from resq.measure.rows import provenance, write_json
 from resq.measure.scores import Original, Scores, keep_states, score
+from resq.backends.backend import wait
 from resq.models import decoder
 from resq.models.decoder import Positions
 from resq.processes import memory
@@ -306,14 +307,17 @@ def prefill_seconds(model: Streamed, tokens: torch.Tensor) -> float:
     is not counted."""
     ends, (rows, length) = model.ends(), tokens.shape
     started = time.perf_counter()
-    at = Positions.following(model.shape, 0, rows, length)
+    at = Positions.following(model.shape, 0, rows, length, device=model.ops.device)
     hidden = decoder.embed(model.ops, ends, tokens)
+    wait(model.ops.device)
     spent = time.perf_counter() - started
     for layer in model.layers():
         started = time.perf_counter()
         hidden = decoder.forward_layer(model.ops, model.shape, layer, hidden, at)
+        wait(model.ops.device)
         spent += time.perf_counter() - started
         del layer
     started = time.perf_counter()
     decoder.logits(model.ops, ends, hidden[:, -1:])
+    wait(model.ops.device)
     return spent + time.perf_counter() - started

@@ -43,6 +43,17 @@ def test_the_cpu_backend_is_the_first_choice_without_a_card_and_the_reference_th
     assert backend_named(other) is other
 
 
+def test_the_environment_names_what_is_taken_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESQ_BACKEND", "reference")
+    assert backend_named() is REFERENCE
+    assert backend_named("cpu") is CPU
+    assert describe_system()["preferred"] == "reference"
+    monkeypatch.setenv("RESQ_BACKEND", "cuda")
+    with pytest.raises(InputError) as refused:
+        backend_named()
+    assert "RESQ_BACKEND is set to a backend that does not exist; no backend 'cuda'" in one_line(refused.value)
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError) as refused:
         backend_named("referense")

@@ -151,7 +151,7 @@ def test_more_of_what_cannot_be_right_is_refused(hosted) -> None:
     from resq.hosts.transformers import ResQConfig, ResQQuantizer
 
     quantizer = ResQQuantizer(ResQConfig())
-    with pytest.raises(InputError, match="CPU only"):
+    with pytest.raises(InputError, match="backend cpu runs on cpu; leave it out"):
         quantizer.update_device_map({"": "cuda:0"})
     assert quantizer.update_device_map("auto") == {"": "cpu"}
 

@@ -45,6 +45,34 @@ class LayerCache(Protocol):
         ...
 
 
+class ReplayedCache(LayerCache, Protocol):
+    """State: a cache whose storage can stay where it is while tokens are appended, so that a step can be replayed."""
+
+    clock: Tensor | None
+    """int32 [1] on the device: the tokens stored before a step, read by its operators in place of `length`; or None."""
+
+    recording: Any
+    """What whoever records steps over this cache keeps with it, None at first."""
+
+    def reserve(self, batch: int, kv_heads: int, head_dim: int, capacity: int) -> None:
+        """Room for `capacity` tokens at least; more is taken, so that it seldom grows."""
+        ...
+
+    def advance(self, tokens: int) -> None:
+        """Count tokens that a replay stored."""
+        ...
+
+    def storage(self) -> tuple[int, ...]:
+        """Addresses; a recorded step is good as long as they are the same."""
+        ...
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was given to `device` is done: a clock read before says nothing."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 @dataclass(frozen=True)
 class Backend:
     """A record of operators. `dtype` is that of float tensors between operators: float32, the reference's named points.
@@ -63,6 +91,9 @@ class Backend:
     cache(formats) -> an empty LayerCache.
     prepack(linear, inputs=PLAIN) -> the weight in this backend's own layout, made once at load; inputs is the format of
         the activations that it will meet.
+    record(step) -> a function that repeats `step`, which reads and writes the same tensors each time, at less cost (a
+        CUDA graph); its result is overwritten by the next call. None where there is nothing to gain; caches are
+        `ReplayedCache`s otherwise.
     """
 
     name: str
@@ -77,6 +108,7 @@ class Backend:
     gather_quantize: Callable[[Tensor, ActivationFormat], Activations]
     act_hadamard_quantize: Callable[[Tensor, Tensor, ActivationFormat], Activations]
     cache: Callable[[HeadFormats], LayerCache]
+    record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
 
     def linear(self, x: Activations, weight: Any, onto: Tensor | None = None) -> Tensor:
         """`linears` of one weight."""

@@ -14,12 +14,28 @@ from resq.backends.triton import TRITON
 from resq.backends.triton.device import INTERPRETING, card
 from resq.errors import BackendUnavailable, InputError, nearest
 
+# Names what is taken unasked, for hosts that have no option for it.
+FORCE = "RESQ_BACKEND"
 BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (TRITON, CPU, REFERENCE)}
 
 
 def preferred() -> Backend:
-    """What is taken unasked: the card's backend where there is a card that runs it, else the CPU's."""
+    """What is taken unasked: the one named in the environment, else the card's where there is a card that runs it, else
+    the CPU's."""
+    if forced := os.environ.get(FORCE):
+        return _known(forced, f"{FORCE} is set to a backend that does not exist; ")
     return TRITON if not INTERPRETING and TRITON.unusable() is None else CPU
+
+
+def _known(name: str, why: str = "") -> Backend:
+    if name not in BACKENDS:
+        raise InputError(f"{why}no backend {name!r}; there are {', '.join(BACKENDS)}{nearest(name, BACKENDS)}")
+    return BACKENDS[name]
+
+
+def device_of(name: str | Backend | None = None) -> torch.device:
+    """Where that backend's tensors lie, whether or not it can run: for what runs beside it without kernels."""
+    return (BACKENDS.get(name, CPU) if isinstance(name, str) else name or preferred()).device
 
 
 def describe_system() -> dict[str, Any]:
@@ -54,10 +70,7 @@ def backend_named(name: str | Backend | None = None) -> Backend:
     if name is not None and not isinstance(name, str):
         chosen = name
     else:
-        name = preferred().name if name is None else name
-        if name not in BACKENDS:
-            raise InputError(f"no backend {name!r}; there are {', '.join(BACKENDS)}{nearest(name, BACKENDS)}")
-        chosen = BACKENDS[name]
+        chosen = preferred() if name is None else _known(name)
     if reason := chosen.unusable():
         raise BackendUnavailable(
             f"backend {chosen.name} cannot be used here: {reason}; backend {REFERENCE.name} runs everywhere, slowly"

@@ -191,6 +191,8 @@ def layer_cache(cache: Any, index: int, make: Callable[[], LayerCache]) -> Layer
 class _Held(nn.Module):
     """A module whose tensors live in dataclasses: registered as buffers so that they are counted, never cast."""
 
+    shared: Shared
+
     def hold(self, data: Any) -> Any:
         """Register every tensor of `data` as a buffer; returns `data`."""
 
@@ -201,13 +203,14 @@ class _Held(nn.Module):
         return with_tensors(data, register)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Held:
-        """Refuse other devices and ignore dtype changes: integers, scales and maps are exact as stored."""
-        for buffer in self.buffers(recurse=False):
-            if fn(buffer[:0]).device != buffer.device:
-                raise InputError(
-                    "this checkpoint runs on the reference backend, on the CPU only; leave it there "
-                    "(in a pipeline: device='cpu')"
-                )
+        """Refuse other devices and ignore dtype changes: integers, scales and maps are exact as stored, and lie where
+        the backend wants them."""
+        device = self.shared.ops.device
+        if fn(torch.empty(0, device=device)).device.type != device.type:
+            raise InputError(
+                f"this checkpoint runs on backend {self.shared.ops.name}, on {device.type}; leave it there "
+                f"(in a pipeline: device='{device.type}')"
+            )
         return self
 
 
@@ -252,7 +255,7 @@ class ResQDecoderLayer(_Held):
             )
         starts = shared.starts(attention_mask, cache.length, tokens, self.layer.window)
         if position_ids is None:
-            at = Positions.following(shared.shape, cache.length, batch, tokens, starts)
+            at = Positions.following(shared.shape, cache.length, batch, tokens, starts, shared.ops.device)
         else:
             at = Positions(*shared.shape.rope.tables(position_ids.expand(batch, -1)), starts)
         return decoder.forward_layer(shared.ops, shared.shape, self.layer, hidden_states.float(), at, cache)
@@ -305,19 +308,21 @@ class ResQQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QuantizationConfigMixin, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._opened: Opened | None = None
+        self.ops = backend_named()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Float tensors between operators are float32, whatever was asked for."""
         return torch.float32
 
     def update_device_map(self, device_map: Any) -> Any:
-        """Everything stays on the CPU; a map that says otherwise is refused."""
+        """Everything goes where the backend runs; a map that says otherwise is refused."""
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
-        if any(place is not None and str(place) not in ("cpu", "auto") for place in places):
+        if any(place is not None and place != "auto" and not _is_device(place, self.ops.device) for place in places):
             raise InputError(
-                f"device_map {device_map!r} is not possible: the backends run on the CPU only; leave it out"
+                f"device_map {device_map!r} is not possible: backend {self.ops.name} runs on {self.ops.device.type}; "
+                "leave it out, or name another backend in the environment, RESQ_BACKEND"
             )
-        return None if device_map is None else {"": "cpu"}
+        return None if device_map is None else {"": str(self.ops.device)}
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Attention is ours; sdpa only decides how transformers builds its masks."""
@@ -344,7 +349,7 @@ class ResQQuantizer(HfQuantizer):
             )
         self._opened = Opened(directory)
         shape = self._opened.shape
-        shared = Shared(shape, backend_named())
+        shared = Shared(shape, self.ops)
         model.set_submodule(architecture.embed, _Embedding(shared))
         model.set_submodule(architecture.final_norm, _Pass())
         model.set_submodule(architecture.head, _Head(shared))
@@ -370,9 +375,17 @@ class ResQQuantizer(HfQuantizer):
             layer = opened.layer(index).prepacked(shared.ops)
             model.get_submodule(f"{architecture.layers}.{index}").fill(layer)
         # model.device and model.dtype ask the parameters; the norm's place is free.
-        anchor = nn.Parameter(torch.empty(0, dtype=torch.float32), requires_grad=False)
+        anchor = nn.Parameter(torch.empty(0, dtype=torch.float32, device=shared.ops.device), requires_grad=False)
         model.get_submodule(architecture.final_norm).anchor = anchor
         return model
+
+
+def _is_device(place: Any, device: torch.device) -> bool:
+    """Whether a place of a device map, a name, an index or a device, is of that kind."""
+    try:
+        return torch.device(place).type == device.type
+    except (RuntimeError, TypeError):  # "disk" and the like
+        return False
 
 
 def _with_manifest(file: Path, name: str) -> Path:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resq.backends.backend import Backend
-from resq.backends.choose import backend_named
+from resq.backends.choose import backend_named, device_of
 from resq.backends.reference import dense
 from resq.checkpoint.manifest import MANIFEST_FILE
 from resq.errors import InputError
@@ -55,14 +55,15 @@ class Streamed:
 
 
 def open_streamed(checkpoint: str | Path, backend: str | Backend | None = None) -> Streamed:
-    """A packed checkpoint (run by `backend`) or a 16-bit source (float32), told apart by resq.json; a directory or a
-    hub id."""
+    """A packed checkpoint (run by `backend`) or a 16-bit source (float32, on the backend's device), told apart by
+    resq.json; a directory or a hub id."""
     path = locate(checkpoint)
     if (path / MANIFEST_FILE).is_file():
         opened = Opened(path)
         return Streamed(str(checkpoint), path, opened.shape, backend_named(backend), opened.ends, opened.layer)
     source = Source(path, str(checkpoint))
-    return Streamed(str(checkpoint), path, source.shape, dense(torch.float32), source.ends, source.layer)
+    ops = dense(torch.float32, device_of(backend))
+    return Streamed(str(checkpoint), path, source.shape, ops, source.ends, source.layer)
 
 
 def check_windows(model: Streamed, windows: Tensor) -> None:
@@ -93,7 +94,7 @@ def final_states(
     for first in range(0, count, group):
         parts = windows[first : first + group].split(batch)
         hidden = [decoder.embed(model.ops, ends, part) for part in parts]
-        positions = [Positions.following(shape, 0, len(part), length) for part in parts]
+        positions = [Positions.following(shape, 0, len(part), length, device=model.ops.device) for part in parts]
         for layer in model.layers():
             for index, at in enumerate(positions):
                 hidden[index] = decoder.forward_layer(model.ops, shape, layer, hidden[index], at)
@@ -127,12 +128,12 @@ def logit_rows(model: Streamed, ends: Ends, states: Tensor) -> Iterator[tuple[sl
 
 
 def _losses(model: Streamed, ends: Ends, hidden: Tensor, tokens: Tensor) -> Tensor:
-    targets = tokens[:, 1:].reshape(-1)
+    targets = tokens[:, 1:].reshape(-1).to(hidden.device)
     parts = [
         F.cross_entropy(logits, targets[cut], reduction="none")
         for cut, logits in logit_rows(model, ends, hidden[:, :-1].flatten(0, 1))
     ]
-    return torch.cat(parts).view(tokens.shape[0], -1).mean(dim=1, dtype=torch.float64)
+    return torch.cat(parts).view(tokens.shape[0], -1).mean(dim=1, dtype=torch.float64).cpu()
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ def keep_states(model: Streamed, windows: Tensor, file: Path, progress: Steps = 
             np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": shape})
             for tokens, states in final_states(model, ends, windows, progress):
                 kept = states[:, :-1].float().contiguous()
-                stream.write(kept.numpy().astype("<f4", copy=False).tobytes())
+                stream.write(kept.cpu().numpy().astype("<f4", copy=False).tobytes())
                 losses.append(_against(model, ends, kept, tokens, None).nll)
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror}; free some space there") from error
@@ -135,17 +135,17 @@ def _against(
     model: Streamed, ends: Ends, states: Tensor, tokens: Tensor, original: tuple[Original, slice] | None
 ) -> Scores:
     """Scores of some windows: states [b, length - 1, d], tokens int64 [b, length]."""
-    targets, size = tokens[:, 1:].reshape(-1), tokens[:, 1:].shape
+    targets, size = tokens[:, 1:].reshape(-1).to(states.device), tokens[:, 1:].shape
     blocks = logit_rows(model, ends, states.flatten(0, 1))
     if original is None:
         losses = [F.cross_entropy(logits, targets[cut], reduction="none") for cut, logits in blocks]
-        return Scores(torch.cat(losses).view(size))
+        return Scores(torch.cat(losses).view(size).cpu())
     rows = max(1, COMPARED_BYTES // (4 * model.shape.vocab))
     found = []
     for (cut, logits), (_, expected) in zip(blocks, _expected(*original), strict=True):
-        parts = zip(expected.split(rows), logits.split(rows), targets[cut].split(rows), strict=True)
+        parts = zip(expected.to(logits.device).split(rows), logits.split(rows), targets[cut].split(rows), strict=True)
         found += [compare(*part) for part in parts]
-    nll, kl, agreement = (torch.cat(each).view(size) for each in zip(*found, strict=True))
+    nll, kl, agreement = (torch.cat(each).view(size).cpu() for each in zip(*found, strict=True))
     return Scores(nll, kl, agreement)
 
 

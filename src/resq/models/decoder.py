@@ -71,12 +71,15 @@ class Positions:
         starts: Tensor | None = None,
         device: torch.device | None = None,
     ) -> Positions:
-        """The `tokens` slots after `past`, on `device`; a row's position 0 is its first valid slot."""
+        """The `tokens` slots after `past`, on `device`."""
         starts = None if starts is None else starts.to(device)
-        slots = torch.arange(past, past + tokens, device=device)[None].expand(batch, -1)
+        return cls.at(shape, torch.arange(past, past + tokens, device=device)[None].expand(batch, -1), starts)
+
+    @classmethod
+    def at(cls, shape: Shape, slots: Tensor, starts: Tensor | None) -> Positions:
+        """Slots int64 [b, t]; a row's position 0 is its first valid slot."""
         positions = slots if starts is None else (slots - starts[:, None]).clamp(min=0)
-        cos, sin = shape.rope.tables(positions)
-        return cls(cos, sin, starts)
+        return cls(*shape.rope.tables(positions), starts)
 
 
 def attention_input(ops: Backend, layer: Layer, hidden: Tensor) -> Any:
@@ -143,6 +146,21 @@ def forward(
     """
     past = caches[0].length if caches else 0
     at = Positions.following(shape, past, tokens.shape[0], tokens.shape[1], starts, ops.device)
+    return forward_at(ops, shape, ends, layers, tokens, at, caches, last=last)
+
+
+def forward_at(
+    ops: Backend,
+    shape: Shape,
+    ends: Ends,
+    layers: Iterable[Layer],
+    tokens: Tensor,
+    at: Positions,
+    caches: Sequence[LayerCache] | None,
+    *,
+    last: bool = False,
+) -> Tensor:
+    """`forward` of tokens whose positions are known."""
     hidden = embed(ops, ends, tokens)
     for index, layer in enumerate(layers):
         hidden = forward_layer(ops, shape, layer, hidden, at, caches[index] if caches else None)

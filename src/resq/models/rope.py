@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -42,11 +43,18 @@ class Rope:
 
     def tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin float32 [b, t, h], half-split, from angles taken in float64; positions int64 [b, t]."""
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float64, device=positions.device)
-        factor = torch.where(frequencies == 0, 1.0, self.factor)
+        frequencies, factor = _on(self, positions.device)
         angles = positions.to(torch.float64)[..., None] * frequencies
         cos, sin = angles.cos() * factor, angles.sin() * factor
         return torch.cat([cos, cos], dim=-1).to(torch.float32), torch.cat([sin, sin], dim=-1).to(torch.float32)
+
+
+@lru_cache(maxsize=64)
+def _on(rope: Rope, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Frequencies and factors float64 [h / 2] on `device`, copied there once: a CUDA graph can hold no copy."""
+    with torch.inference_mode(False):
+        frequencies = torch.tensor(rope.frequencies, dtype=torch.float64)
+        return frequencies.to(device), torch.where(frequencies == 0, 1.0, rope.factor).to(device)
 
 
 def _number(parameters: Mapping[str, Any], key: str, default: float | None = None, above: float = 0) -> float:

@@ -31,6 +31,7 @@ class Sampling:
         """One token id from logits float32 [vocab]."""
         if self.temperature == 0.0:
             return int(logits.argmax())
+        logits = logits.cpu()  # where the generator is
         probability, order = torch.softmax((logits - logits.max()).double() / self.temperature, dim=-1).sort(
             descending=True
         )

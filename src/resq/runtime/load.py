@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from resq.backends.backend import Backend, LayerCache
+from resq.backends.backend import Backend, LayerCache, ReplayedCache
 from resq.backends.choose import backend_named
 from resq.checkpoint.files import CheckpointReader, EndParts, Parts
 from resq.checkpoint.manifest import Manifest
@@ -25,6 +25,7 @@ from resq.numerics.bands import Bands
 from resq.numerics.linear import Linear, PackedLinear
 from resq.progress import Progress, silent
 from resq.runtime.generate import Sampling, continue_tokens
+from resq.runtime.steps import Steps
 
 # Tokens decoded before a new piece of text.
 DECODE_CONTEXT = 8
@@ -87,6 +88,10 @@ class Model:
     end_tokens: frozenset[int]
 
     @cached_property
+    def _steps(self) -> Steps:
+        return Steps(self.backend, self.shape, self.ends, self.layers)
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer stored with the checkpoint."""
         return load_tokenizer(self.directory)
@@ -107,11 +112,12 @@ class Model:
         """tokens int64 [b, t] -> logits float32 [b, t, vocab], or of the last token only with `last`.
 
         With a cache the tokens follow what it holds and are appended. starts int64 [b]: the first valid slot of each
-        left-padded row. Raises InputError for token ids outside the vocabulary or a context that is too long.
+        left-padded row. Logits lie on the backend's device. Raises InputError for token ids outside the vocabulary
+        (where the tokens lie on the CPU: on a card looking would mean waiting) or a context that is too long.
         """
         if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.numel() == 0:
             raise InputError(f"tokens are int64 [batch, tokens], got {tokens.dtype} of shape {tuple(tokens.shape)}")
-        if int(tokens.min()) < 0 or int(tokens.max()) >= self.shape.vocab:
+        if tokens.device.type == "cpu" and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.shape.vocab:
             raise InputError(
                 f"token ids must lie in 0 … {self.shape.vocab - 1}, got {int(tokens.min())} … {int(tokens.max())}"
             )
@@ -121,6 +127,8 @@ class Model:
                 f"{past + tokens.shape[1]} tokens are more than the model's context of {self.shape.max_positions}; "
                 "shorten the prompt or the output"
             )
+        if cache and tokens.shape[1] == 1 and self.backend.record is not None:
+            return self._steps(tokens, cast("Sequence[ReplayedCache]", cache), starts)
         return decoder.forward(self.backend, self.shape, self.ends, self.layers, tokens, cache, starts, last=last)
 
     def room(self, prompt: str | Tensor) -> int:

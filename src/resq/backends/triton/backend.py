@@ -10,6 +10,7 @@ import torch
 
 from resq.backends.backend import Backend
 from resq.backends.triton.device import DEVICE, unusable
+from resq.backends.triton.graph import record
 
 
 def _late(module: str, name: str) -> Callable[..., Any]:
@@ -37,4 +38,5 @@ TRITON = Backend(
     gather_quantize=_late("activation", "gather_quantize"),
     act_hadamard_quantize=_late("activation", "act_hadamard_quantize"),
     cache=_late("cache", "Cache"),
+    record=record,
 )
