@@ -36,8 +36,9 @@ from resq.api import DEFAULT_LENGTH
 from resq.cases import BASE, ROW, Case, Job, Plan, Row, make_base, make_case, measure, scores_of
 from resq.checkpoint.manifest import FORMAT_VERSION
 from resq.errors import InputError
-from resq.measure.perplexity import Interval, check_windows, open_streamed, paired_interval
+from resq.measure.perplexity import Interval, open_streamed, paired_interval
 from resq.measure.rows import provenance, write_json, write_rows
+from resq.measure.windows import check_windows
 from resq.models.source import Source
 from resq.models.text import Windows, all_windows, load_tokenizer, read_documents
 from resq.processes import Task, run_apart, start_server

@@ -12,8 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from resq.checkpoint.manifest import MANIFEST_FILE, read_manifest
-from resq.measure.perplexity import Interval, Streamed, check_windows, open_streamed, perplexity
+from resq.measure.perplexity import Interval, Streamed, open_streamed, perplexity
 from resq.measure.scores import Original, Scores, keep_states, score
+from resq.measure.windows import check_windows
 from resq.models.text import Windows, all_windows, load_tokenizer
 from resq.progress import Progress, silent
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from resq.checkpoint.manifest import SourceEntry, read_manifest
 from resq.errors import InputError
 from resq.measure.evaluate import DEFAULT_LENGTH, comparable, is_packed
-from resq.measure.perplexity import Streamed, check_windows, mean_interval, open_streamed
+from resq.measure.perplexity import Streamed, mean_interval, open_streamed
 from resq.measure.scores import Original, Scores, keep_states, score
+from resq.measure.windows import check_windows
 from resq.models.source import Source
 from resq.models.text import all_windows, load_tokenizer
 from resq.progress import Progress, silent

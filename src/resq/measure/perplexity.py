@@ -14,7 +14,7 @@ from resq.backends.backend import Backend
 from resq.backends.choose import backend_named, device_of
 from resq.backends.reference import dense
 from resq.checkpoint.manifest import MANIFEST_FILE
-from resq.errors import InputError
+from resq.measure.windows import check_windows
 from resq.models import decoder
 from resq.models.architecture import Shape
 from resq.models.decoder import Ends, Layer, Positions
@@ -64,19 +64,6 @@ def open_streamed(checkpoint: str | Path, backend: str | Backend | None = None) 
     source = Source(path, str(checkpoint))
     ops = dense(torch.float32, device_of(backend))
     return Streamed(str(checkpoint), path, source.shape, ops, source.ends, source.layer)
-
-
-def check_windows(model: Streamed, windows: Tensor) -> None:
-    """Raises InputError when windows int64 [windows, length] do not suit a model."""
-    if windows.shape[1] > model.shape.max_positions:
-        raise InputError(
-            f"windows of {windows.shape[1]} tokens are longer than the context of {model.name}, "
-            f"{model.shape.max_positions}; use a shorter --window-length"
-        )
-    if windows.shape[1] < 2:
-        raise InputError(f"a window of {windows.shape[1]} tokens predicts nothing; use at least 2")
-    if int(windows.max()) >= model.shape.vocab:
-        raise InputError(f"token {int(windows.max())} is outside the vocabulary of {model.name}, {model.shape.vocab}")
 
 
 def final_states(

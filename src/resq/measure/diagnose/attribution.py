@@ -18,9 +18,10 @@ from resq.backends.choose import backend_named
 from resq.backends.reference import dense
 from resq.checkpoint.manifest import Manifest
 from resq.errors import InputError
-from resq.measure.diagnose.places import check_windows, embedded_windows
+from resq.measure.diagnose.places import embedded_windows
 from resq.measure.perplexity import LOGIT_BYTES, Interval, paired_interval
 from resq.measure.scores import compare
+from resq.measure.windows import check_windows
 from resq.models import decoder
 from resq.models.architecture import Role, Site
 from resq.models.decoder import Ends, Layer, Positions

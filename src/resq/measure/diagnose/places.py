@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from resq.backends.backend import Backend
 from resq.backends.reference import dense
-from resq.errors import InputError
+from resq.measure.windows import check_windows
 from resq.models import decoder
 from resq.models.architecture import Point, Role, Shape
 from resq.models.decoder import Layer, Positions
@@ -41,21 +41,6 @@ class Visit:
     layer: Layer
     hidden: tuple[Tensor, ...]
     at: Positions
-
-
-def check_windows(source: Source, windows: Tensor) -> None:
-    """Raises InputError for windows that are no int64 [windows, length] of the source's tokens."""
-    if windows.ndim != 2 or windows.dtype != torch.int64 or windows.numel() == 0:
-        raise InputError(f"windows are int64 [windows, length], got {windows.dtype} of shape {tuple(windows.shape)}")
-    if int(windows.min()) < 0 or int(windows.max()) >= source.shape.vocab:
-        raise InputError(
-            f"token ids must lie in 0 … {source.shape.vocab - 1}, got {int(windows.min())} … {int(windows.max())}"
-        )
-    if windows.shape[1] > source.shape.max_positions:
-        raise InputError(
-            f"windows of {windows.shape[1]} tokens are longer than the context of {source.name}, "
-            f"{source.shape.max_positions}; use shorter ones"
-        )
 
 
 def embedded_windows(source: Source, windows: Tensor) -> list[Tensor]:
