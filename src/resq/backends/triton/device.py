@@ -13,7 +13,8 @@ import torch
 
 # Triton reads it when a kernel is defined, so it must be set before this package is imported.
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
+# Without a card kernels can still be compiled for one; what they would be given lies on the CPU.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETING else "cpu")
 # Ampere: int8 tensor cores with asynchronous copies, bfloat16.
 OLDEST = (8, 0)
 
