@@ -9,7 +9,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.text import Text
@@ -51,7 +51,10 @@ app = typer.Typer(
     "--json, standard output is one JSON object.",
 )
 BackendOption = Annotated[
-    str | None, typer.Option(help="What runs packed checkpoints: cpu or reference.", show_default="cpu")
+    str | None,
+    typer.Option(
+        help="What runs packed checkpoints: triton, cpu or reference.", show_default="triton with a card, else cpu"
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
@@ -383,30 +386,56 @@ def generate(
         )
 
 
+class Device(StrEnum):
+    """Where speed is measured."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 @app.command()
 def bench(
     directory: Annotated[Path | None, typer.Argument(help="A packed checkpoint.", show_default="see --shape")] = None,
     shape: Annotated[
         str | None, typer.Option(help="A published model's sizes with random weights, such as llama-3.2-1b.")
     ] = None,
+    device: Annotated[
+        Device, typer.Option(help="cuda: one decoder block of a --shape on an NVIDIA card, beside torch's.")
+    ] = Device.CPU,
     recipe: Annotated[
         str, typer.Option(help="Recipe of a --shape.", autocompletion=lambda: list(RECIPE_NAMES))
     ] = "resq",
-    head_bits: Annotated[float, typer.Option(help="Bits of a --shape's lm_head: 16, 8 or 4.5.")] = 8,
-    prefill: Annotated[
-        list[int] | None, typer.Option(help="Prompt length. May be repeated.", show_default="512")
+    head_bits: Annotated[
+        float | None, typer.Option(help="Bits of a --shape's lm_head: 16, 8 or 4.5.", show_default="8")
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Decoding batch. May be repeated.", show_default="1")] = None,
-    context: Annotated[int, typer.Option(help="Tokens in the cache while decoding.")] = 512,
+    prefill: Annotated[
+        list[int] | None,
+        typer.Option(help="Prompt length. May be repeated.", show_default="512; cuda: 512, 2048, 8192"),
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Decoding batch. May be repeated.", show_default="1; cuda: 1, 16, 64")
+    ] = None,
+    context: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens in the cache while decoding. May be repeated with cuda.", show_default="512; cuda: 1024, 4096"
+        ),
+    ] = None,
     against: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Peers timed in the same run, separated by commas: torch-bf16, openvino, openvino-f32dq, llama.cpp, "
-            "llama.cpp-q8_0 (pip install 'resq-llm[bench]'), or other recipes.",
-            show_default="none",
+            "llama.cpp-q8_0 (pip install 'resq-llm[bench]'), or other recipes. cuda: uniform-4, torch-bf16, "
+            "torch-bf16-compiled, torch-int8, torch-int8-compiled.",
+            show_default="none; cuda: uniform-4, torch-bf16, torch-int8",
         ),
-    ] = "",
-    rounds: Annotated[int, typer.Option(help="Measured rounds; everything runs once in each.")] = 5,
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Measured rounds; everything runs once in each.", show_default="5; cuda: 7")
+    ] = None,
+    capture_prefill: Annotated[
+        bool, typer.Option("--capture-prefill", help="cuda: prefill as a CUDA graph, as decoding is.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads.", show_default="one per core")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Append rows to this .jsonl file.")] = None,
     backend: BackendOption = None,
@@ -415,25 +444,52 @@ def bench(
     """Tokens per second of prefill and decoding, operator by operator, beside this machine's limits and beside peers.
 
     For example: `resq bench --shape llama-3.2-1b --prefill 512 --batch 1 --batch 8 --against torch-bf16,openvino`
+
+    On a card: `resq bench --device cuda --shape llama-3.1-8b`
     """
-    from resq.measure.bench import Plan, save
-    from resq.measure.bench import bench as run
     from resq.measure.rows import check_appendable
 
     if out_file is not None:
         check_appendable(out_file)
+    given: dict[str, Any] = {
+        "prefill": None if prefill is None else tuple(prefill),
+        "batches": None if batch is None else tuple(batch),
+        "against": None if against is None else tuple(words(against)),
+        "rounds": rounds,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if device is Device.CUDA:
+        other = {"a checkpoint": directory, "--head-bits": head_bits, "--threads": threads, "--backend": backend}
+        if wrong := [name for name, value in other.items() if value is not None]:
+            raise InputError(f"--device cuda times one block of a --shape and takes no {wrong[0]}; leave it out")
+        if shape is None:
+            raise InputError("--device cuda needs a --shape, such as llama-3.1-8b")
+        from resq.measure.gpu.bench import BlockPlan, bench_block, save_block
+
+        if context is not None:
+            given["contexts"] = tuple(context)
+        block = BlockPlan(shape, recipe, capture_prefill=capture_prefill, **given)
+        with bars() as progress:
+            measured = bench_block(block, progress=progress)
+        if out_file is not None:
+            save_block(measured, block, out_file)
+        print(json.dumps({"rows": measured.rows()})) if json_output else show.block_timed(measured)
+        return
+    from resq.measure.bench import Plan, save
+    from resq.measure.bench import bench as run
+
+    if capture_prefill or (context is not None and len(context) > 1):
+        raise InputError("--capture-prefill and several contexts are for --device cuda; leave them out")
+    if context is not None:
+        given["context"] = context[0]
     plan = Plan(
         checkpoint=directory,
         shape=shape,
         recipe=recipe,
-        head_bits=head_bits,
-        prefill=tuple(prefill or (512,)),
-        batches=tuple(batch or (1,)),
-        context=context,
-        against=tuple(name.strip() for name in against.split(",") if name.strip()),
-        rounds=rounds,
+        head_bits=8 if head_bits is None else head_bits,
         backend=backend,
         threads=threads,
+        **given,
     )
     with bars() as progress:
         report = run(plan, progress=progress)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from resq.measure.bench import Report as BenchReport
     from resq.measure.evaluate import Row
     from resq.measure.gate import Report as GateReport
+    from resq.measure.gpu.bench import BlockReport
     from resq.measure.ledger import Ledger
     from resq.measure.perplexity import Interval
     from resq.measure.speed import Limits
@@ -270,6 +271,42 @@ def _operators(result: TimedResult, limits: Limits) -> Table:
     rest = result.median - sum(entry.seconds for entry in result.operators.values())
     table.add_row("between operators", "", f"{rest * 1e3:.2f}", f"{rest / result.median:.1%}")
     return table
+
+
+def block_timed(report: BlockReport) -> None:
+    """A block's microseconds and rates beside the ceilings, then how many times faster ours is, beside the ideal."""
+    best = report.ceilings
+    out.print(
+        f"One decoder block of {report.subject} on {report.card or 'no card: kernels are interpreted'}. Ceilings of "
+        f"this run: {best.copy / 1e12:.2f} TB/s, {best.bf16 / 1e12:.0f} TFLOPS in bfloat16, {best.int8 / 1e12:.0f} "
+        f"TOPS in int8, {best.attention / 1e12:.0f} TFLOPS of attention.",
+        soft_wrap=True,
+    )
+    for name, words in report.about.items():
+        out.print(f"{name}: {words}")
+    table = Table(title="speed", title_justify="left")
+    for column in ("what", "engine", "µs", "TOPS", "TB/s", f"{report.ours} is faster"):
+        table.add_column(column, justify="left" if column in ("what", "engine") else "right")
+    asked = Table(title=f"{report.ours} beside what is possible", title_justify="left")
+    for column in ("what", "over bfloat16", "ideal", "part of it", "floor", "aim", "over uniform 4 bit", "at most"):
+        asked.add_column(column, justify="left" if column == "what" else "right")
+    for point, ideal in report.ideal.items():
+        ratios, wants = report.ratios(point), report.wanted(point)
+        for name, result in report.at(point).items():
+            cells = f"{result.median * 1e6:,.1f}", f"{result.tops:.1f}", f"{result.terabytes:.2f}"
+            faster = f"× {ratios[name]:.2f}" if name in ratios else ""
+            table.add_row(str(point) if name == report.ours else "", name, *cells, faster)
+        plain, band = ratios.get("torch-bf16"), ratios.get("uniform-4")
+        over = ("", "") if plain is None else (f"× {plain:.2f}", f"{plain / ideal:.0%}")
+        cells = over[0], f"× {ideal:.2f}", over[1], f"× {wants.floor:.2f}", f"× {wants.aim:.2f}"
+        asked.add_row(str(point), *cells, "" if band is None else f"{1 / band - 1:+.1%}", f"{wants.loss_floor:.0%}")
+    out.print(table)
+    out.print(asked)
+    memory = report.memory
+    out.print(
+        f"memory: weights {size(memory.weights)}, {memory.weights_ratio:.3f} × bfloat16; keys and values "
+        f"{memory.cache:,.0f} bytes a token, {memory.cache_ratio:.3f} ×. Floors and aims are those set for an H200."
+    )
 
 
 def inspected(name: str, manifest: Manifest, book: Ledger) -> None:

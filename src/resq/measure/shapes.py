@@ -103,6 +103,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         tied=False,
         rope=_llama3(8.0),
     ),
+    "llama-3.1-70b": _config(
+        "llama",
+        hidden=8192,
+        ffn=28672,
+        layers=80,
+        heads=(64, 8),
+        head_dim=128,
+        vocab=128256,
+        context=131072,
+        tied=False,
+        rope=_llama3(8.0),
+    ),
     "llama-2-7b": _config(
         "llama", hidden=4096, ffn=11008, layers=32, heads=(32, 32), head_dim=128, vocab=32000, context=4096, tied=False
     ),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resq.backends.backend import Backend, LayerCache
 from resq.models import decoder
-from resq.models.architecture import Config, Point, Role, Shape, Site, architecture_for
+from resq.models.architecture import Architecture, Config, Point, Role, Shape, Site, architecture_for
 from resq.models.decoder import Ends, Layer
 from resq.numerics.bands import INT8, Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
@@ -58,32 +58,42 @@ def synthetic(
     shape = architecture.shape(config)
     generator = torch.Generator().manual_seed(seed)
     placement = Placement(shape, online_maps(recipe, shape, seed), recipe.precision, recipe.folds_norms)
-    norm = Norm(shape.eps, None if recipe.folds_norms else torch.ones(shape.hidden))
-    head_norm = Norm(shape.eps, torch.ones(shape.head_dim))
-    norms = {role: head_norm if role in architecture.head_norms else None for role in (Role.Q, Role.K)}
     layers = []
     for index in range(shape.layers):
         progress("building", index, shape.layers)
-        linears: dict[Role, Any] = {
-            role: random_linear(
-                size,
-                recipe.precision.weight_bands(index, role, shape),
-                role in architecture.biased,
-                generator,
-            )
-            for role, size in shape.sizes().items()
-        }
-        heads = placement.heads(index, HeadFormats(query_norm=norms[Role.Q], key_norm=norms[Role.K]))
-        layer = Layer(
-            linears,
-            dict.fromkeys((Point.ATTN_IN, Point.MLP_IN), norm),
-            heads,
-            placement.inputs(index),
-            shape.window(index),
-        )
-        layers.append(layer.prepacked(backend))
+        layers.append(random_layer(architecture, placement, index, generator).prepacked(backend))
     progress("building", shape.layers, shape.layers)
     return Synthetic(shape, _ends(shape, recipe, generator).prepacked(backend), layers, backend)
+
+
+def one_layer(config: Config, recipe: Recipe, *, seed: int = 0) -> tuple[Shape, Layer]:
+    """The first decoder layer of such a model, not prepacked, and the sizes of a model of this layer alone."""
+    architecture = architecture_for(config["model_type"])
+    whole = architecture.shape(config)
+    shape = replace(whole, layers=1, windows=whole.windows[:1])
+    placement = Placement(shape, online_maps(recipe, shape, seed), recipe.precision, recipe.folds_norms)
+    return shape, random_layer(architecture, placement, 0, torch.Generator().manual_seed(seed))
+
+
+def random_layer(architecture: Architecture, placement: Placement, index: int, generator: torch.Generator) -> Layer:
+    """Decoder layer `index` with random weights in the placement's bands, and its norms, maps and formats."""
+    shape = placement.shape
+    norm = Norm(shape.eps, None if placement.folds else torch.ones(shape.hidden))
+    head_norm = Norm(shape.eps, torch.ones(shape.head_dim))
+    norms = {role: head_norm if role in architecture.head_norms else None for role in (Role.Q, Role.K)}
+    linears: dict[Role, Any] = {
+        role: random_linear(
+            size, placement.precision.weight_bands(index, role, shape), role in architecture.biased, generator
+        )
+        for role, size in shape.sizes().items()
+    }
+    return Layer(
+        linears,
+        dict.fromkeys((Point.ATTN_IN, Point.MLP_IN), norm),
+        placement.heads(index, HeadFormats(query_norm=norms[Role.Q], key_norm=norms[Role.K])),
+        placement.inputs(index),
+        shape.window(index),
+    )
 
 
 def _ends(shape: Shape, recipe: Recipe, generator: torch.Generator) -> Ends:
