@@ -17,6 +17,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,34 @@ from resq.embedded.corpus import documents
 from resq.models.text import tokenize
 
 END = "<|end|>"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a model is trained: a family, its sizes as transformers names them, windows a step, the largest learning
+    rate and the steps that lead up to it; autocast: products in bfloat16."""
+
+    model_type: str
+    sizes: dict[str, Any]
+    batch: int
+    peak_rate: float
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    autocast: bool = False
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window: the context."""
+        return self.sizes["max_position_embeddings"]
+
+    def rate(self, step: int, steps: int) -> float:
+        """Linear warm-up, then a cosine down to a hundredth of the peak."""
+        if step < self.warmup_steps:
+            return self.peak_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return self.peak_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
+
+
 SIZES: dict[str, Any] = {
     "hidden_size": 256,
     "intermediate_size": 688,
@@ -39,11 +68,10 @@ SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
-BATCH, LENGTH = 16, SIZES["max_position_embeddings"]
-PEAK_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 100, 0.1
+TINY = Setup("llama", SIZES, batch=16, peak_rate=3e-3)
 
 
-def train_tokenizer(texts: Sequence[str]) -> Any:
+def train_tokenizer(texts: Sequence[str], setup: Setup = TINY) -> Any:
     """A byte-level BPE tokenizer; `END` begins every text, so it stands between documents and ends them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -53,7 +81,10 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=SIZES["vocab_size"], special_tokens=[END], initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=setup.sizes["vocab_size"],
+        special_tokens=[END],
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     end = [(END, tokenizer.token_to_id(END))]
@@ -63,53 +94,47 @@ def train_tokenizer(texts: Sequence[str]) -> Any:
         bos_token=END,
         eos_token=END,
         pad_token=END,
-        model_max_length=SIZES["max_position_embeddings"],
+        model_max_length=setup.length,
         clean_up_tokenization_spaces=False,
     )
 
 
-def rate(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine down to a hundredth of the peak."""
-    if step < WARMUP_STEPS:
-        return PEAK_RATE * (step + 1) / WARMUP_STEPS
-    done = (step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
-    return PEAK_RATE * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
-
-
 @torch.no_grad()
-def loss_on(model: Any, tokens: Tensor, device: str) -> float:
+def loss_on(model: Any, tokens: Tensor, device: str, setup: Setup = TINY) -> float:
     """Mean loss in nats per token over non-overlapping windows."""
-    windows = tokens[: len(tokens) // LENGTH * LENGTH].view(-1, LENGTH)
-    parts = [part.to(device) for part in windows.split(BATCH)]
+    windows = tokens[: len(tokens) // setup.length * setup.length].view(-1, setup.length)
+    parts = [part.to(device) for part in windows.split(setup.batch)]
     return sum(float(model(input_ids=x, labels=x).loss) * len(x) for x in parts) / len(windows)
 
 
-def train(train_tokens: Tensor, steps: int, device: str, seed: int) -> Any:
-    """A LlamaForCausalLM after `steps` steps of AdamW on random windows: shuffled grids with a random shift."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def train(train_tokens: Tensor, steps: int, device: str, seed: int, setup: Setup = TINY) -> Any:
+    """A transformers model after `steps` steps of AdamW on random windows: shuffled grids with a random shift."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    config = LlamaConfig(**SIZES, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    model: Any = LlamaForCausalLM(config)
+    config = AutoConfig.for_model(setup.model_type, **setup.sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.to(device)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {BATCH * LENGTH} tokens")
+    length, kind = setup.length, torch.device(device).type
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {steps} steps of {setup.batch * length} tokens")
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_RATE, betas=(0.9, 0.95))
+    groups = [{"params": matrices, "weight_decay": setup.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=setup.peak_rate, betas=(0.9, 0.95))
     queue: list[Tensor] = []
     started, mean = time.perf_counter(), 0.0
     for step in range(steps):
         if not queue:
-            shift = int(torch.randint(LENGTH, (), generator=generator))
-            count = (len(train_tokens) - shift) // LENGTH
-            grid = train_tokens[shift : shift + count * LENGTH].view(count, LENGTH)
-            queue = list(grid[torch.randperm(count, generator=generator)].split(BATCH))
+            shift = int(torch.randint(length, (), generator=generator))
+            count = (len(train_tokens) - shift) // length
+            grid = train_tokens[shift : shift + count * length].view(count, length)
+            queue = list(grid[torch.randperm(count, generator=generator)].split(setup.batch))
         x = queue.pop().to(device)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step, steps)
-        loss = model(input_ids=x, labels=x).loss
+            group["lr"] = setup.rate(step, steps)
+        with torch.autocast(kind, torch.bfloat16, enabled=setup.autocast):
+            loss = model(input_ids=x, labels=x).loss
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -153,14 +178,22 @@ def main() -> None:
     tokenizer = train_tokenizer(texts)
     train_tokens = tokenize(texts, tokenizer)
     held_out = tokenize(documents(evaluation=True), tokenizer)
-    print(f"{len(train_tokens):,} training tokens in {len(texts)} documents, {len(held_out):,} held out")
+    run(tokenizer, train_tokens, held_out, args, TINY, "examples/train_tiny.py")
+
+
+def run(
+    tokenizer: Any, train_tokens: Tensor, held_out: Tensor, args: argparse.Namespace, setup: Setup, script: str
+) -> None:
+    """Train on `args.tokens` tokens, tell the loss on those held out, and save."""
+    print(f"{len(train_tokens):,} training tokens, {len(held_out):,} held out")
     started = time.perf_counter()
-    model = train(train_tokens, max(1, args.tokens // (BATCH * LENGTH)), args.device, args.seed)
+    steps = max(1, args.tokens // (setup.batch * setup.length))
+    model = train(train_tokens, steps, args.device, args.seed, setup)
     model.eval()
-    loss = loss_on(model, held_out, args.device)
+    loss = loss_on(model, held_out, args.device, setup)
     print(f"held out: {loss:.3f} nats per token, perplexity {math.exp(loss):.2f}")
     facts = {
-        "script": "examples/train_tiny.py",
+        "script": script,
         "tokens": args.tokens,
         "seed": args.seed,
         "held_out_nats": round(loss, 4),

@@ -139,7 +139,7 @@ def example(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "examples" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # one example imports another
     spec.loader.exec_module(module)
     return module
 

@@ -28,7 +28,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def trained(script: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, torch.Tensor]:
-    tokens = str(3 * script.BATCH * script.LENGTH)
+    tokens = str(3 * script.TINY.batch * script.TINY.length)
     monkeypatch.setattr(sys, "argv", ["train_tiny.py", str(out), "--tokens", tokens, *more])
     script.main()
     return load_file(out / "model.safetensors")
@@ -44,7 +44,7 @@ def test_the_same_seed_trains_the_same_model_and_another_another(
     name = "model.layers.0.mlp.up_proj.weight"
     assert not torch.equal(first[name], other[name])
     facts = json.loads((tmp_path / "first" / "training.json").read_text(encoding="utf-8"))
-    assert facts["tokens"] == 3 * script.BATCH * script.LENGTH
+    assert facts["tokens"] == 3 * script.TINY.batch * script.TINY.length
     assert 4 < facts["held_out_nats"] < 8  # three steps: a little below ln 2048 = 7.6
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
