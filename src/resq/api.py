@@ -68,6 +68,35 @@ def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: float | None)
     return replace(recipe, precision=precision)
 
 
+def chosen_device(given: str | torch.device) -> torch.device:
+    """Where to compute: cpu, cuda, or a card by its number (`cuda:1`). Raises InputError for anything else, and when
+    there is no such card."""
+    accepted = "accepted are cpu, cuda, and cuda:1 for the second of several cards"
+    try:
+        device = torch.device(given)
+    except RuntimeError as error:
+        raise InputError(f"--device {given!r} is no device; {accepted}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device {given} is not supported; {accepted}")
+    if device.type == "cuda":
+        if not torch.backends.cuda.is_built():
+            raise InputError(
+                f"--device {given} needs a card, torch {torch.__version__} is built without CUDA; install a CUDA build "
+                "of torch, or use --device cpu"
+            )
+        if not torch.cuda.is_available():
+            raise InputError(
+                f"--device {given} was asked for, but torch sees no card; see what nvidia-smi and CUDA_VISIBLE_DEVICES "
+                "say, or use --device cpu"
+            )
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise InputError(
+                f"--device {given} was asked for; torch's last card is cuda:{count - 1}, give that or less"
+            )
+    return device
+
+
 @torch.inference_mode()
 def quantize(
     source: str | Path,
@@ -82,6 +111,7 @@ def quantize(
     head_bits: float | None = None,
     untie: bool = False,
     seed: int = 0,
+    device: str | torch.device = "cpu",
     progress: Progress = silent,
 ) -> Result:
     """Quantize a Hugging Face checkpoint (directory or hub id) into the new directory `out`.
@@ -92,11 +122,13 @@ def quantize(
     and the default for `tiny` alone. windows: for the bases; rounding_windows (default: the first 128 of them) for
     GPTQ. window_length: tokens, default 2048 or the model's context. bits: the low band, default the recipe's (4).
     head_bits: 16 (the recipes' default) keeps lm_head unrounded, and a tied head on the embedding table unless `untie`;
-    8 and 4.5 round it, and its input to 8.
+    8 and 4.5 round it, and its input to 8. device: what computes, `cpu`, `cuda` or one card of several (`cuda:1`); a
+    seed draws the same on each, float sums differ in their last digits.
     Raises InputError, a ValueError, for anything given that cannot be used; `out` then does not exist.
     """
     started = time.perf_counter()
     method = chosen_recipe(recipe, bits, head_bits)
+    place = chosen_device(device)
     files = [calibration] if isinstance(calibration, (str, Path)) else calibration
     rounding = min(DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows
     if windows < 1:
@@ -112,11 +144,17 @@ def quantize(
     progress("tokenizing", 0, 1)
     chosen = _windows(model, tokenizer, files, windows, window_length, seed, method)
     progress("tokenizing", 1, 1)
-    setting = Setting(model.shape, method.precision, seed)
+    setting = Setting(model.shape, method.precision, seed, place)
     keep_tied = model.shape.tied and method.precision.head is None and not untie
     with CheckpointWriter(out) as writer:
         tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
-        outcome = run_pipeline(model, Job(method, tokens, rounding, seed, keep_tied), writer, progress)
+        try:
+            outcome = run_pipeline(model, Job(method, tokens, rounding, seed, keep_tied, place), writer, progress)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"{place} ran out of memory, which must hold one layer and all calibration windows ({tokens.numel()} "
+                "tokens); use fewer or shorter windows, or --device cpu"
+            ) from error
         total = model.nbytes
         hashes = model.sha256(lambda done: progress("hashing the source", done, total))
         _copy_files(model, writer)
@@ -140,7 +178,7 @@ def quantize(
                 rounding_windows=rounding if method.needs_windows else 0,
                 window_length=tokens.shape[1],
                 tokens_sha256=chosen.sha256,
-                forward="float32, cpu",
+                forward=f"float32, {place.type}",
             ),
             "notes": [
                 *(note for basis in method.basis for note in basis.notes(setting)),

@@ -101,6 +101,7 @@ def quantize(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of rotations and of the choice of windows.")
     ] = 0,
+    device: Annotated[str, typer.Option(help="What computes: cpu, or cuda for an NVIDIA card.")] = "cpu",
     json_output: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint and write it packed.
@@ -126,6 +127,7 @@ def quantize(
             head_bits=head_bits,
             untie=untie,
             seed=seed,
+            device=device,
             progress=progress,
         )
     if json_output:

@@ -19,6 +19,7 @@ from resq.backends.backend import Activations, Backend
 from resq.errors import InputError
 from resq.numerics.affine import FLOAT16_MAX, Quantized
 from resq.numerics.bands import Bands
+from resq.numerics.device import CPU, moved
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 from resq.numerics.packing import pack, unpack
@@ -48,9 +49,12 @@ def _unpacked(linear: Linear) -> UnpackedLinear | DenseLinear:
 def integer_matmul(q: Tensor, w: Tensor, q_bits: int, w_bits: int) -> Tensor:
     """Exact q w^T as float64: q uint8 [..., n] of `q_bits`, w int8 [out, n] of `w_bits`.
 
-    Blocks of the inner dimension are short enough that every partial sum is exact in float32 (n·(2^q_bits - 1)·
-    2^(w_bits - 1) < 2^24), their sums are taken in float64: the result is the integer dot product in any order.
+    On a CPU, blocks of the inner dimension are short enough that every partial sum is exact in float32
+    (n·(2^q_bits - 1)·2^(w_bits - 1) < 2^24), their sums are taken in float64: the result is the integer dot product in
+    any order. Elsewhere the product is taken in float64, exact whether or not float32 products are TF32 there.
     """
+    if q.device.type != "cpu":
+        return q.to(torch.float64) @ w.to(torch.float64).T
     step = (EXACT_FLOAT32 - 1) // ((2**q_bits - 1) * 2 ** (w_bits - 1))
     total: Tensor | None = None
     for start in range(0, w.shape[1], step):
@@ -146,7 +150,7 @@ class Store:
 
     def select(self, rows: Tensor) -> None:
         """Keep batch rows `rows`."""
-        self._parts = [part.index_select(0, rows) for part in self._parts]
+        self._parts = [part.index_select(0, rows.to(part.device)) for part in self._parts]
 
     def nbytes(self) -> int:
         """Bytes of the stored tokens."""
@@ -215,15 +219,18 @@ class Cache:
         return self.keys.nbytes() + self.values.nbytes()
 
 
-def visible(t: int, length: int, starts: Tensor | None, window: int | None) -> Tensor | None:
-    """Which slots the last `t` tokens may see: bool [b or 1, 1, t, length], None when plainly causal from slot 0.
+def visible(
+    t: int, length: int, starts: Tensor | None, window: int | None, device: torch.device = CPU
+) -> Tensor | None:
+    """Which slots the last `t` tokens may see: bool [b or 1, 1, t, length], None when plainly causal from slot 0; on
+    `device`, where `starts` lies too.
 
     A query always sees its own slot, so that a padded row stays finite.
     """
     if starts is None and window is None and t == length:
         return None
-    query = torch.arange(length - t, length)[:, None]
-    slot = torch.arange(length)[None, :]
+    query = torch.arange(length - t, length, device=device)[:, None]
+    slot = torch.arange(length, device=device)[None, :]
     allowed = slot <= query
     if window is not None:
         allowed = allowed & (slot > query - window)
@@ -275,9 +282,8 @@ def _operators(
                 return _quantized_linear(x, weight)
             x = x.dequantize(compute)
         if isinstance(weight, UnpackedLinear):
-            scale = torch.repeat_interleave(
-                weight.scale.to(compute), torch.tensor([band.size for band in weight.bands]), dim=1
-            )
+            sizes = torch.tensor([band.size for band in weight.bands], device=weight.scale.device)
+            scale = torch.repeat_interleave(weight.scale.to(compute), sizes, dim=1)
             weight = DenseLinear(weight.integers.to(compute) * scale, weight.bias)
         bias = None if weight.bias is None else weight.bias.to(compute)
         return F.linear(x.to(compute), weight.weight.to(compute), bias).to(point)
@@ -294,7 +300,7 @@ def _operators(
 
     def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
         k, v = cache.read()
-        mask = visible(q.shape[1], cache.length, starts, window)
+        mask = visible(q.shape[1], cache.length, starts, window, q.device)
         out = F.scaled_dot_product_attention(
             q.to(compute).transpose(1, 2), k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True
         )
@@ -316,9 +322,10 @@ def _operators(
         return Cache(store(formats.key), store(formats.value), compute)
 
     def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> UnpackedLinear | DenseLinear:
+        here = moved(linear, device)
         if packed:
-            return _unpacked(linear)
-        return linear.dense(compute) if isinstance(linear, PackedLinear) else linear
+            return _unpacked(here)
+        return here.dense(compute) if isinstance(here, PackedLinear) else here
 
     return Backend(
         name=name,
@@ -336,9 +343,12 @@ def _operators(
     )
 
 
-CPU = torch.device("cpu")
+def reference(device: torch.device = CPU) -> Backend:
+    """The definition evaluated on `device`: `reference(torch.device("cuda"))`."""
+    return _operators("reference", torch.float64, torch.float32, None, device)
 
-REFERENCE = _operators("reference", torch.float64, torch.float32, None, CPU)
+
+REFERENCE = reference()
 
 
 def dense(dtype: torch.dtype, device: torch.device = CPU) -> Backend:

@@ -14,6 +14,8 @@ FLOAT16_MAX = 65504.0
 # Candidate shrink factors of a weight's range and the exponent of its error: method.md §1, the authors' setting.
 CLIP_SHRINKS = tuple(round(1.0 - 0.01 * step, 2) for step in range(80))
 CLIP_NORM = 2.4
+# Weights in a block of the search.
+CACHED, LAUNCHED = 2**18, 2**25
 
 
 @dataclass(frozen=True)
@@ -122,8 +124,9 @@ def symmetric_scale(w: Tensor, bits: int, *, clip_search: bool = True) -> Tensor
     if not clip_search:
         return full
     best = full.clone()
-    # Rows in blocks whose temporaries stay in cache; the result of a row depends on that row alone.
-    rows = max(1, 2**18 // max(1, w.shape[-1]))
+    # Rows in blocks whose temporaries stay in cache, or on a card are worth a kernel's launch; the result of a row
+    # depends on that row alone.
+    rows = max(1, (CACHED if w.device.type == "cpu" else LAUNCHED) // max(1, w.shape[-1]))
     for start in range(0, w.shape[0], rows):
         block, top = w[start : start + rows], full[start : start + rows]
         least = torch.full_like(top, torch.inf)

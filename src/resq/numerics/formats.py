@@ -69,7 +69,7 @@ class Norm:
     def apply(self, x: Tensor) -> Tensor:
         """x [..., n] in its own dtype."""
         y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        return y if self.gain is None else y * self.gain.to(x.dtype)
+        return y if self.gain is None else y * self.gain.to(x)
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,8 @@ class PackedLinear:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """scale · integers, [out, in] in `dtype` (the product is taken in `dtype`)."""
-        scale = self.scale.to(dtype).repeat_interleave(torch.tensor([band.size for band in self.bands]), dim=1)
+        sizes = torch.tensor([band.size for band in self.bands], device=self.scale.device)
+        scale = self.scale.to(dtype).repeat_interleave(sizes, dim=1)
         return self.integers().to(dtype) * scale
 
     def dense(self, dtype: torch.dtype = torch.float32) -> DenseLinear:

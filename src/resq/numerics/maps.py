@@ -1,4 +1,7 @@
-"""Linear maps that change a basis: x' = x M on row vectors, and the dual that keeps x W^T unchanged."""
+"""Linear maps that change a basis: x' = x M on row vectors, and the dual that keeps x W^T unchanged.
+
+What a map is applied to decides dtype and device of the result; a map may lie anywhere.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +31,13 @@ class Dense:
 
     def apply(self, x: Tensor) -> Tensor:
         """x M, [..., n] in x.dtype."""
-        return x @ self.matrix.to(x.dtype)
+        return x @ self.matrix.to(x)
 
     def dual(self, w: Tensor) -> Tensor:
         """w M^-T: a reader's rows in the new basis, so that (x M)(w M^-T)^T = x w^T."""
         if not self.orthogonal:
             raise InputError("a non-orthogonal dense map has no dual here; keep it online or make it orthogonal")
-        return w @ self.matrix.to(w.dtype)
+        return w @ self.matrix.to(w)
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,17 @@ class PerHead:
 
     def _turn(self, x: Tensor) -> Tensor:
         heads, size = self.matrices.shape[:2]
-        return torch.einsum("...ki,kij->...kj", x.unflatten(-1, (heads, size)), self.matrices.to(x.dtype))
+        return torch.einsum("...ki,kij->...kj", x.unflatten(-1, (heads, size)), self.matrices.to(x))
 
     def apply(self, x: Tensor) -> Tensor:
         """x blkdiag(M) diag(scales), [..., heads·h] in x.dtype."""
         turned = self._turn(x)
-        return (turned if self.scales is None else turned * self.scales.to(x.dtype)).flatten(-2)
+        return (turned if self.scales is None else turned * self.scales.to(x)).flatten(-2)
 
     def dual(self, w: Tensor) -> Tensor:
         """w blkdiag(M) diag(1 / scales)."""
         turned = self._turn(w)
-        return (turned if self.scales is None else turned / self.scales.to(w.dtype)).flatten(-2)
+        return (turned if self.scales is None else turned / self.scales.to(w)).flatten(-2)
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,11 @@ class Diagonal:
 
     def apply(self, x: Tensor) -> Tensor:
         """x diag(scales), [..., n] in x.dtype."""
-        return x * self.scales.to(x.dtype)
+        return x * self.scales.to(x)
 
     def dual(self, w: Tensor) -> Tensor:
         """w diag(1 / scales)."""
-        return w / self.scales.to(w.dtype)
+        return w / self.scales.to(w)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Permutation:
 
     def apply(self, x: Tensor) -> Tensor:
         """x[..., index]."""
-        return x[..., self.index.to(torch.int64)]
+        return x[..., self.index.to(x.device, torch.int64)]
 
     dual = apply
 

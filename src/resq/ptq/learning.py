@@ -11,7 +11,8 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.models.architecture import Site
 from resq.numerics.bands import Bands
-from resq.numerics.maps import Dense, Diagonal, Hadamard, LinearMap, PerHead, Permutation
+from resq.numerics.device import changed
+from resq.numerics.maps import Dense, LinearMap, PerHead
 from resq.progress import Progress
 from resq.ptq.recipe import At, Fitted, Setting, Statistic, Tuned
 from resq.ptq.simulation import Simulation
@@ -95,9 +96,9 @@ class LearnRotations:
             return self._learn(fitted, progress)
 
     def _learn(self, fitted: Fitted, progress: Progress) -> Tuned:
-        maps = {at: outside_inference(map) for at, map in fitted.maps.items()}
+        maps = {at: changed(map, Tensor.clone) for at, map in fitted.maps.items()}  # gradients may pass copies
         tokens = fitted.tokens.clone()
-        simulation = Simulation(fitted.source, fitted.recipe, self.round_weights)
+        simulation = Simulation(fitted.source, fitted.recipe, self.round_weights, fitted.setting.device)
         rotations = {at: self.start(at, map, fitted.setting) for at, map in maps.items() if at.site in self.on}
         if without := set(self.on) - {at.site for at in rotations}:
             raise InputError(
@@ -135,7 +136,7 @@ class LearnRotations:
             raise InputError(f"a {map.kind} map at {at.site} cannot be learned; use a dense one there")
         size = map.matrices.shape[-1] if isinstance(map, PerHead) else map.size
         bands = Bands.of((8, size)) if self.whole else setting.bands(at)
-        return [Learned(torch.eye(band.size, dtype=torch.float64)) for band in bands]
+        return [Learned(torch.eye(band.size, dtype=torch.float64, device=setting.device)) for band in bands]
 
     def __str__(self) -> str:
         what = ", ".join(
@@ -149,23 +150,6 @@ def learn_rotations(
 ) -> LearnRotations:
     """`learn_rotations(Site.RESIDUAL, Site.VALUE)`."""
     return LearnRotations(sites, steps, rate, batch, whole)
-
-
-def outside_inference(map: LinearMap) -> LinearMap:
-    """The same map with tensors that gradients may pass."""
-    match map:
-        case Dense():
-            return replace(map, matrix=map.matrix.clone())
-        case PerHead():
-            return replace(
-                map, matrices=map.matrices.clone(), scales=None if map.scales is None else map.scales.clone()
-            )
-        case Diagonal():
-            return Diagonal(map.scales.clone())
-        case Permutation():
-            return Permutation(map.index.clone())
-        case Hadamard():
-            return map
 
 
 def turned(maps: Mapping[At, LinearMap], rotations: Mapping[At, list[Learned]]) -> dict[At, LinearMap]:

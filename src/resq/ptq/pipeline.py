@@ -18,6 +18,7 @@ from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
 from resq.numerics.bands import INT8, Bands
+from resq.numerics.device import CPU, full_float32, moved
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
@@ -49,13 +50,15 @@ class LinearReport:
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides the integers beside the source: recipe, calibration windows, seed."""
+    """Everything that decides the integers beside the source: recipe, calibration windows, seed, and where it is all
+    computed."""
 
     recipe: Recipe
     tokens: Tensor
     rounding_windows: int
     seed: int
     keep_tied: bool
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -66,31 +69,35 @@ class Outcome:
     notes: list[str]
 
 
-def fit_maps(recipe: Recipe, moments: Moments, shape: Shape, seed: int) -> dict[At, LinearMap]:
-    """All bases' maps; the recipe has made sure that no site is named twice."""
-    setting = Setting(shape, recipe.precision, seed)
+def fit_maps(
+    recipe: Recipe, moments: Moments, shape: Shape, seed: int, device: torch.device = CPU
+) -> dict[At, LinearMap]:
+    """All bases' maps, on `device`; the recipe has made sure that no site is named twice."""
+    setting = Setting(shape, recipe.precision, seed, device)
     maps: dict[At, LinearMap] = {}
     for basis in recipe.basis:
-        maps.update(basis.fit(moments, setting))
+        maps.update(moved(basis.fit(moments, setting), device))
     return maps
 
 
 def tuned_maps(source: Source, job: Job, moments: Moments, progress: Progress) -> tuple[dict[At, LinearMap], list[str]]:
     """The bases' maps after the recipe's tuning, and what it remarks."""
-    maps, notes = fit_maps(job.recipe, moments, source.shape, job.seed), []
-    setting = Setting(source.shape, job.recipe.precision, job.seed)
+    maps, notes = fit_maps(job.recipe, moments, source.shape, job.seed, job.device), []
+    setting = Setting(source.shape, job.recipe.precision, job.seed, job.device)
     for tuning in job.recipe.tuning:
         tuned = tuning(Fitted(source, job.recipe, maps, moments, job.tokens, setting), progress)
         maps, notes = dict(tuned.maps), [*notes, *tuned.notes]
     return maps, notes
 
 
+@full_float32()
 def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progress) -> Outcome:
     """Quantize `source` into `writer`'s layers and ends. Two passes, each with one decoder layer in memory.
 
-    Raises InputError for tensors or activations that are not finite and for impossible bands.
+    A layer is moved to the job's device when it is visited and back to the CPU when it is written; the windows' hidden
+    states stay there. Raises InputError for tensors or activations that are not finite and for impossible bands.
     """
-    ops = dense(torch.float32)
+    ops = dense(torch.float32, job.device)
     recipe, shape = job.recipe, source.shape
     check_sizes(recipe, shape)
     for basis in recipe.basis:
@@ -99,21 +106,22 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     maps, notes = tuned_maps(source, job, moments, progress)
     placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
 
-    placed = placement.ends(source.ends(), keep_tied=job.keep_tied)
-    stored = store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied)
+    placed = placement.ends(moved(source.ends(), job.device), keep_tied=job.keep_tied)
+    stored = moved(store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied), CPU)
     writer.add_ends(_end_names(source), stored)
     tokens = job.tokens[: job.rounding_windows] if recipe.needs_windows else job.tokens[:0]
     # The table as it will be read: already rounded to 16 bit.
-    hidden = [stored.embed[window[None]].to(ops.dtype) for window in tokens]
-    exact = [placed.embed[window[None]].to(ops.dtype) for window in tokens] if recipe.corrects else []
+    hidden = [stored.embed[window[None]].to(job.device, ops.dtype) for window in tokens]
+    seen = tokens.to(job.device) if recipe.corrects else []
+    exact = [placed.embed[window[None]].to(ops.dtype) for window in seen]
     del placed, stored
 
     names = _layer_names(source)
     reports = []
     progress("rounding", 0, shape.layers * len(Role))
     for index in range(shape.layers):
-        layer = placement.layer(source.layer(index), index)
-        packed = round_layer(shape, layer, recipe, hidden, exact, reports, index, progress)
+        layer = placement.layer(moved(source.layer(index), job.device), index)
+        packed = moved(round_layer(shape, layer, recipe, hidden, exact, reports, index, progress), CPU)
         parts = Parts({**packed.linears}, {**packed.norms}, {**packed.inputs}, packed.heads, packed.window)
         writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
         del layer, packed, parts
@@ -150,7 +158,7 @@ class Stream:
         ops, layer = self.ops, self.layer
         match point:
             case Point.ATTN_IN:
-                at = Positions.following(self.shape, 0, 1, self.hidden[0].shape[1])
+                at = Positions.following(self.shape, 0, 1, self.hidden[0].shape[1], device=ops.device)
                 for hidden in self.hidden:
                     x = decoder.attention_input(ops, layer, hidden)
                     self._heads.append(decoder.attention(ops, self.shape, layer, x, at, ops.cache(layer.heads)))
@@ -175,7 +183,8 @@ def round_layer(
     progress: Progress,
 ) -> Layer:
     """Round one placed float64 layer, group by group in the order it runs, and move `hidden` (one [1, t, d] per window)
-    to its output, and `exact` (of the unrounded model, where the rounding corrects) to that of the unrounded layer.
+    to its output, and `exact` (of the unrounded model, where the rounding corrects) to that of the unrounded layer. All
+    on the device where layer and windows lie.
 
     A group's moments are taken after the groups before it were rounded, with the online maps applied; activations and
     cache are rounded where the rounding asks for it. `hidden` is empty when nothing is looked at.
@@ -184,8 +193,9 @@ def round_layer(
         layer = replace(layer, inputs=clipped_inputs(shape, layer, recipe.clipping, hidden))
     norms = {point: _stored_norm(norm) for point, norm in layer.norms.items()}
     stored = replace(layer, linears=dict(layer.linears), norms=norms, heads=_stored_heads(layer.heads))
-    seen = Stream(straight_through() if recipe.sees_rounded else dense(torch.float32), shape, layer, hidden)
-    wanted = Stream(dense(torch.float32), shape, layer, exact) if exact else None
+    ops = dense(torch.float32, device_of(layer))
+    seen = Stream(straight_through(ops.device) if recipe.sees_rounded else ops, shape, layer, hidden)
+    wanted = Stream(ops, shape, layer, exact) if exact else None
 
     for point, roles in READERS.items():
         moments = input_moments(seen, wanted, point) if recipe.needs_moment else None
@@ -214,11 +224,17 @@ def round_layer(
     return stored
 
 
+def device_of(layer: Layer) -> torch.device:
+    """Where a layer's weights lie."""
+    return layer.linears[Role.Q].weight.device
+
+
 def clipped_inputs(
     shape: Shape, layer: Layer, clipping: ClipSearch, hidden: Sequence[Tensor]
 ) -> dict[Point, ActivationFormat]:
     """The formats of a layer's inputs with their clips, from the unrounded layer on some of its inputs."""
-    stream, formats = Stream(dense(torch.float32), shape, layer, list(hidden[: clipping.windows])), {}
+    ops = dense(torch.float32, device_of(layer))
+    stream, formats = Stream(ops, shape, layer, list(hidden[: clipping.windows])), {}
     for point in READERS:
         inputs = [stream.input(point, number) for number in range(len(stream.hidden))]
         formats[point] = clipping.search(layer.inputs[point], inputs)

@@ -13,6 +13,7 @@ from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.decoder import Ends, Layer
 from resq.numerics.affine import round_symmetric, symmetric_scale
 from resq.numerics.bands import Bands
+from resq.numerics.device import CPU
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense, Diagonal, LinearMap, OnlineMap, PerHead, as_reader, as_writer
@@ -34,7 +35,8 @@ INPUT_SITES = {
 
 @dataclass(frozen=True)
 class Placement:
-    """The maps of a model and how its activations are rounded. `folds`: norm gains move into the next linears."""
+    """The maps of a model and how its activations are rounded. `folds`: norm gains move into the next linears. What is
+    placed stays where it lies; maps are quickest on the same device."""
 
     shape: Shape
     maps: Mapping[At, LinearMap]
@@ -79,7 +81,7 @@ class Placement:
             if map is not None:
                 for role in READERS[point]:
                     linears[role] = DenseLinear(as_reader(map, linears[role].weight), linears[role].bias)
-        heads = self.heads(index, source.heads)
+        heads = self.heads(index, source.heads, linears[Role.Q].weight.device)
         return replace(folded, linears=linears, norms=norms, heads=heads, inputs=self.inputs(index))
 
     def inputs(self, index: int) -> dict[Point, ActivationFormat]:
@@ -93,13 +95,14 @@ class Placement:
             formats[Point.O_IN] = replace(formats[Point.O_IN], groups=self.shape.heads)
         return formats
 
-    def heads(self, index: int, source: HeadFormats) -> HeadFormats:
-        """Online maps and bands of layer `index`'s queries, keys and values; `source` has their norms."""
+    def heads(self, index: int, source: HeadFormats, device: torch.device = CPU) -> HeadFormats:
+        """Online maps and bands of layer `index`'s queries, keys and values; `source` has their norms. A matrix that
+        is rounded is made on `device`."""
         turn = self.map_at(Site.QUERY_KEY, index)
         assert not isinstance(turn, Diagonal)
         bits = None if turn is None else self.precision.rotation_bits
         if turn is not None and bits is not None:
-            matrix = turn.apply(torch.eye(turn.size, dtype=torch.float64))
+            matrix = turn.apply(torch.eye(turn.size, dtype=torch.float64, device=device))
             turn = Dense(rounded_matrix(matrix.to(torch.float32), bits), orthogonal=False)
 
         def stored(bands: Bands | None, map: OnlineMap | None = None, bits: int | None = None) -> ActivationFormat:
@@ -125,7 +128,7 @@ class Placement:
         if keep_tied:
             if residual is None or norm.gain is None:
                 return Ends(table, norm, PLAIN, DenseLinear(table))
-            identity = torch.eye(self.shape.hidden, dtype=torch.float64)
+            identity = torch.eye(self.shape.hidden, dtype=torch.float64, device=embed.device)
             turn = residual.apply(identity)
             mixed = Dense(turn.T @ (norm.gain[:, None] * turn), orthogonal=False)
             return Ends(table, Norm(norm.eps), ActivationFormat(mixed), DenseLinear(table))

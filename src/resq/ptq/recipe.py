@@ -14,6 +14,7 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.numerics.bands import Bands, Layout
+from resq.numerics.device import CPU
 from resq.numerics.linear import PackedLinear
 from resq.numerics.maps import LinearMap
 from resq.progress import Progress
@@ -68,14 +69,17 @@ class At:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a basis may know beside the moments: sizes, precision, seed."""
+    """What a basis may know beside the moments: sizes, precision, seed; and the device that a tuning runs on, where the
+    moments lie."""
 
     shape: Shape
     precision: Precision
     seed: int
+    device: torch.device = CPU
 
     def generator(self, at: At, head: int | None = None) -> torch.Generator:
-        """A generator seeded by (seed, site, layer, head), never by the order of draws."""
+        """A generator seeded by (seed, site, layer, head), never by the order of draws; always on the CPU, so that no
+        device draws otherwise."""
         text = f"resq|{self.seed}|{at.site}|{at.layer}|{head}"
         digest = hashlib.sha256(text.encode()).digest()
         return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
@@ -135,7 +139,7 @@ class Basis(Protocol):
         ...
 
     def fit(self, moments: Moments, setting: Setting) -> dict[At, LinearMap]:
-        """Maps in float64."""
+        """Maps in float64, on any device."""
         ...
 
     def notes(self, setting: Setting) -> list[str]:

@@ -17,6 +17,7 @@ from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
 from resq.numerics.affine import round_symmetric, symmetric_limits
 from resq.numerics.bands import Bands
+from resq.numerics.device import CPU, moved
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import LinearMap
 from resq.ptq.placement import Placement
@@ -30,24 +31,26 @@ class Simulation:
     """A source with maps placed, activations and cache rounded straight through, in float32.
 
     round_weights: weights are rounded to nearest too, without clip search; they are 16 bit otherwise. Holds one layer
-    of weights and the hidden states before every layer at a time; layers are run again for the gradient.
+    of weights and the hidden states before every layer at a time, on `device`; layers are run again for the gradient.
     """
 
     source: Source
     recipe: Recipe
     round_weights: bool = False
+    device: torch.device = CPU
 
     def loss(self, maps: Mapping[At, LinearMap], tokens: Tensor) -> Tensor:
         """Mean next-token cross-entropy in nats of tokens int64 [windows, length]: a float64 scalar, differentiable in
         the maps' tensors."""
-        ops, shape, precision = straight_through(), self.source.shape, self.recipe.precision
+        ops, shape, precision = straight_through(self.device), self.source.shape, self.recipe.precision
+        tokens = tokens.to(self.device)
         placement = Placement(shape, maps, precision, self.recipe.folds_norms)
-        ends = placement.ends(self.source.ends(), keep_tied=False)
+        ends = placement.ends(moved(self.source.ends(), self.device), keep_tied=False)
         ends = replace(ends, embed=ends.embed.to(ops.dtype), head=DenseLinear(ends.head.weight.to(ops.dtype)))
-        at = Positions.following(shape, 0, len(tokens), tokens.shape[1])
+        at = Positions.following(shape, 0, len(tokens), tokens.shape[1], device=self.device)
 
         def run(index: int, hidden: Tensor) -> Tensor:
-            layer = placement.layer(self.source.layer(index), index)
+            layer = placement.layer(moved(self.source.layer(index), self.device), index)
             if self.round_weights:
                 layer = rounded(layer, index, precision, shape)
             return decoder.forward_layer(ops, shape, in_dtype(layer, ops.dtype), hidden, at)

@@ -16,6 +16,7 @@ from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role
 from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
+from resq.numerics.device import moved
 from resq.numerics.linear import DenseLinear
 from resq.numerics.moments import MomentSum
 from resq.progress import Progress
@@ -41,21 +42,21 @@ def check_finite(hidden: Sequence[Tensor], layer: int) -> None:
 def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Statistic], progress: Progress) -> Moments:
     """Moments over windows tokens int64 [windows, length], one layer of the source in memory at a time.
 
-    Windows are run one by one, so that no sum depends on a batch size.
+    Computed, and left, on the device of `ops`. Windows are run one by one, so that no sum depends on a batch size.
     """
     shape, count = source.shape, tokens.shape[0]
     if not needs:
         return Moments(tokens.numel())
     table = source.embedding()
-    hidden = [F.embedding(window[None], table).to(ops.dtype) for window in tokens]
+    hidden = [F.embedding(window[None], table).to(ops.device, ops.dtype) for window in tokens]
     del table
-    at = Positions.following(shape, 0, 1, tokens.shape[1])
+    at = Positions.following(shape, 0, 1, tokens.shape[1], device=ops.device)
     residual: Tensor | None = None
     values: list[Tensor] = []
     keys: list[Tensor] = []
     peaks: list[Peaks] = []
     for index in range(shape.layers):
-        plain = source.layer(index)
+        plain = moved(source.layer(index), ops.device)
         layer = in_dtype(fold_norms(plain), ops.dtype)
         largest = Largest() if Statistic.PEAKS in needs else None
         attn_sum, mlp_sum, value_sum, key_sum = (MomentSum() for _ in range(4))

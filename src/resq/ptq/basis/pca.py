@@ -22,7 +22,7 @@ _STATISTICS = {Site.RESIDUAL: Statistic.RESIDUAL, Site.VALUE: Statistic.VALUE, S
 
 # Orders the coordinates of a site: moment [n, n] -> orthogonal [n, n], the most important direction in the last column.
 Pick = Callable[[Tensor, torch.Generator], Tensor]
-# Fills a band's rotation: its size -> orthogonal [n, n].
+# Fills a band's rotation: its size -> orthogonal [n, n], on the CPU like its generator.
 Rotation = Callable[[int, torch.Generator], Tensor]
 
 
@@ -33,12 +33,13 @@ def by_variance(moment: Tensor, generator: torch.Generator) -> Tensor:
 
 def by_magnitude(moment: Tensor, generator: torch.Generator) -> Tensor:
     """The coordinates themselves, by their power."""
-    return torch.eye(len(moment), dtype=torch.float64)[:, torch.diagonal(moment).argsort(stable=True)]
+    eye = torch.eye(len(moment), dtype=torch.float64, device=moment.device)
+    return eye[:, torch.diagonal(moment).argsort(stable=True)]
 
 
 def at_random(moment: Tensor, generator: torch.Generator) -> Tensor:
     """A random orthogonal basis: a subspace of average energy."""
-    return random_orthogonal(len(moment), generator)
+    return random_orthogonal(len(moment), generator).to(moment.device)
 
 
 def haar(size: int, generator: torch.Generator) -> Tensor:
@@ -59,8 +60,8 @@ def none(size: int, generator: torch.Generator) -> Tensor:
 
 def rotated(vectors: Tensor, bands: Bands, generator: torch.Generator, rotation: Rotation = haar) -> Tensor:
     """P · blkdiag(R_1, …, R_B), float64 [n, n]; R_b a rotation of the band's size."""
-    parts = [vectors[:, cut] @ rotation(band.size, generator) for band, cut in zip(bands, bands.slices(), strict=True)]
-    return torch.cat(parts, dim=1)
+    turns = [rotation(band.size, generator).to(vectors.device) for band in bands]
+    return torch.cat([vectors[:, cut] @ turn for cut, turn in zip(bands.slices(), turns, strict=True)], dim=1)
 
 
 @dataclass(frozen=True)

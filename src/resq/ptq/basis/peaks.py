@@ -53,10 +53,8 @@ class OutliersLast:
     def map(self, site: Site, peaks: Peaks) -> LinearMap:
         """The map of one site of one layer."""
         if site is Site.VALUE:
-            size = peaks.value.shape[-1]
-            return PerHead(
-                torch.stack([torch.eye(size, dtype=torch.float64)[:, ascending(head)] for head in peaks.value])
-            )
+            eye = torch.eye(peaks.value.shape[-1], dtype=torch.float64, device=peaks.value.device)
+            return PerHead(torch.stack([eye[:, ascending(head)] for head in peaks.value]))
         if site is Site.QUERY_KEY:
             return Permutation(ascending(peaks.key))
         largest = peaks.inputs[POINTS[site]]
@@ -126,7 +124,7 @@ class Smooth:
                     shared = [
                         peak[Point.O_IN].view(groups, -1, size).amax(dim=1) for peak in (peaks.inputs, peaks.weights)
                     ]
-                    eye = torch.eye(size, dtype=torch.float64).repeat(groups, 1, 1)
+                    eye = torch.eye(size, dtype=torch.float64, device=peaks.value.device).repeat(groups, 1, 1)
                     maps[At(site, layer)] = PerHead(eye, self.scales(*shared))
                 else:
                     point = SMOOTHED[site]
@@ -174,7 +172,7 @@ class SearchStrength:
         bases = [basis for basis in fitted.recipe.basis if isinstance(basis, Smooth)]
         if not bases:
             raise InputError(f"recipe {fitted.recipe.name} has no smoothing whose strength could be searched")
-        simulation = Simulation(fitted.source, fitted.recipe, round_weights=True)
+        simulation = Simulation(fitted.source, fitted.recipe, round_weights=True, device=fitted.setting.device)
         tokens, tried = fitted.tokens[: self.windows], []
         for number, strength in enumerate(self.strengths):
             maps = dict(fitted.maps)

@@ -121,11 +121,11 @@ class Gptq:
         column_scale = torch.empty_like(columns)
         for index, cut in enumerate(bands.slices()):
             column_scale[cut] = scale[:, index].to(torch.float64)
-        integers = torch.empty(columns.shape, dtype=torch.int8)
+        integers = torch.empty_like(columns, dtype=torch.int8)
         bits = [band.bits for band in bands for _ in range(band.size)]
         for start in range(0, bands.size, self.block):
             stop = min(start + self.block, bands.size)
-            errors = torch.empty(stop - start, columns.shape[1], dtype=torch.float64)
+            errors = torch.empty_like(columns[start:stop])
             for i in range(start, stop):
                 q = round_symmetric(columns[i], column_scale[i], bits[i])
                 integers[i] = q.to(torch.int8)
