@@ -43,3 +43,13 @@ def affine_integers(x, inverse, zero, top, ASM: tl.constexpr):
     # A clipped range may be a thousandth of what it must hold: keep the rounding within its domain.
     scaled = tl.minimum(tl.maximum(x * inverse, -4194303.0), 4194303.0)
     return tl.minimum(tl.maximum(round_even(scaled, ASM) + zero, 0.0), top)
+
+
+@triton.jit
+def loop_bound(count, ASM: tl.constexpr):
+    """The scalar as what `tl.range` takes: Triton 3.6's interpreter makes an int of an array of one, which numpy 2.4
+    refuses."""
+    if ASM:
+        return count
+    else:
+        return count if isinstance(count, int) else count.handle.data.item()
