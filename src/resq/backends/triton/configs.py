@@ -28,10 +28,12 @@ def _table(capability: int) -> dict[str, list[dict[str, dict[str, Any]]]]:
 
 
 def chosen(kernel: str, **facts: int) -> dict[str, Any]:
-    """What `kernel` uses on the current target for these facts. `chosen("dense_tiles", rows=16)["tokens"]`."""
-    entries = _table(target().capability)[kernel]
+    """What `kernel` uses on the current target for these facts, 0 for one not given.
+    `chosen("dense_tiles", rows=16)["tokens"]`."""
     found = next(
-        each["use"] for each in entries if all(facts[fact] <= most for fact, most in each.get("when", {}).items())
+        entry["use"]
+        for entry in _table(target().capability)[kernel]
+        if all(facts.get(fact, 0) <= most for fact, most in entry.get("when", {}).items())
     )
     return found | _forced[kernel] if kernel in _forced else found
 

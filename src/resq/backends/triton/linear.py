@@ -293,7 +293,7 @@ def _packed(x: Rows, weight: PackedWeight, out: Tensor, onto: Tensor | None, *, 
         return
     bands, groups = len(weight.panels), weight.groups
     mixed = groups == 1 and [panel.nibbles for panel in weight.panels] == [True, False]
-    use = chosen("packed_linear", rows=x.rows, groups=groups)
+    use = chosen("packed_linear", rows=x.rows, bands=bands, groups=groups)
     constants, blocks = _constants(weight.panels, groups, use["block"])
     tiles = -(-x.rows // use["tokens"]) * -(-weight.out // use["channels"])
     sums = bands * groups * x.rows * weight.out

@@ -129,7 +129,8 @@ def scaled(total, acc, scale_ptr, x_scale_ptr, m0, n0, rows, out, ldv, group, BA
 
 
 @triton.jit
-def finished(total, bias_ptr, onto_ptr, out_ptr, m0, n0, rows, out, onto_out, ld_onto, ldo, BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
+def finished(total, bias_ptr, onto_ptr, out_ptr, m0, n0, rows, out, onto_out, ld_onto, ldo, BM: tl.constexpr,
+             BN: tl.constexpr):  # fmt: skip
     """Add bias and residual, write: total [BN, BM], out [rows, out]. The residual has the first onto_out channels."""
     if bias_ptr is not None:
         total += of_channels(bias_ptr, n0, out, BN)[:, None]
@@ -239,6 +240,8 @@ def summed(total, w, a, work_ptr, sums_ptr, scale_ptr, x_scale_ptr, x_zero_ptr, 
         if SPLIT > 1:
             at, here = places(work_ptr + (BAND[10] + group) * (rows * out), m0, n0, rows, out, out, BM, BN)
             acc = tl.load(at, mask=here, other=0, cache_modifier=".cg")
+            # Another thread may zero what this one reads.
+            tl.debug_barrier()
             tl.store(at, tl.zeros([BN, BM], tl.int32), mask=here)
         else:
             acc = products(tl.zeros([BN, BM], tl.int32), w, a, 0, BAND[5], group, BAND, ASM, STAGES)
