@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tests.conftest import Kept, brief, run
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
@@ -133,8 +134,15 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         # It compares devices inside and outside a call.
         patch.setattr("resq.ptq.simulation.checkpoint", partial(rerun, determinism_check="none"))
+        patch.setattr("resq.checkpoint.files.save_file", saved)
         CARD.ran = {True: set(), False: set()}
         yield CARD
+
+
+def saved(tensors: dict[str, Tensor], path: Path, **options: Any) -> None:
+    """Written from the CPU."""
+    assert not any(map(CARD.holds, tensors.values()))
+    save_file(tensors, path, **options)
 
 
 def quantized(source: Path, out: Path, recipe: Recipe, text: Path, device: str, **options: Any) -> resq.api.Result:
@@ -326,3 +334,16 @@ def test_a_real_card_rounds_as_well_as_the_cpu(
         assert {report.role for report in made.linears} == set(Role)
         assert torch.isfinite(resq.load(made.directory, backend="reference")(torch.arange(3, 23)[None])).all()
     assert found["cuda"] <= 1.1 * found["cpu"]
+
+
+@needs_card
+@pytest.mark.parametrize("recipe", [RESQ_PAPER, RESQ_WEIGHT_ONLY, RTN], ids=lambda recipe: recipe.name)
+def test_a_real_card_gives_the_definitions_logits(
+    recipe: Recipe, checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    """Float64 between roundings: last digits there move a float32 with odds of 1e-8, an integer more seldom still."""
+    (tmp_path / "source").symlink_to(checkpoint("qwen2"))
+    made = quantized(tmp_path / "source", tmp_path / "made", recipe, text, "cpu").directory
+    tokens = torch.randint(3, 259, (2, 24), generator=torch.Generator().manual_seed(0))
+    want, got = (logits(ops, made, tokens, torch.tensor([0, 5])) for ops in (REFERENCE, reference(CUDA)))
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
