@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 # One process per core, each with one thread: the tests' tensors are tiny. A process takes about 1 GB.
 PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo install check fmt browser test test-slow sanitize bench accuracy tables clean
+.PHONY: demo install check fmt browser test test-slow sanitize bench gpu accuracy tables clean
 
 # The first command on a fresh machine: installs, then quantizes a tiny embedded model with every recipe.
 demo: $(STAMP)
@@ -64,6 +64,10 @@ bench: $(STAMP)
 	$(BENCH) --prefill 2048 --batch 2 --rounds 2 --against openvino,openvino-f32dq
 	$(BENCH) --prefill 128 --batch 8 --rounds 2 --against torch-bf16,openvino,openvino-f32dq
 	$(BENCH) --prefill 512 --batch 1 --head-bits 4.5 --against openvino,openvino-f32dq
+
+# On a fresh machine with a card: checks, measures and tunes in under nine minutes, into $OUT or build/gpu (tools/gpu.py).
+gpu:
+	$(PYTHON) tools/gpu.py
 
 # Every recipe at 4 and 3 bits on the trained models beside the checkout: an hour on two idle cores. Goes on where it was.
 WIKITEXT := ../shared/data/wikitext-2
