@@ -34,8 +34,10 @@ PLAIN, NORM, SILU = 0, 1, 2
 FLOATS, INTEGERS, ROUNDED = 0, 1, 2
 # Every band is a tile of its own, unrolled.
 MAX_BANDS = 8
-# A program turns this many coordinates at once: 64 KB of shared memory on every card, 32 registers in 16 warps.
+# Coordinates that a program turns at once, four bytes of shared memory each: what every card has, and more where there
+# is more. A row of several tiles takes the compiler many times as long.
 TILE = 16384
+LARGER_TILES = {80: 32768, 90: 32768, 100: 32768}
 # Coordinates of one thread above which registers run out.
 HELD = 64
 # A dense factor up to this order is applied by the program that turns the row.
@@ -204,8 +206,8 @@ def _power_of_two(n: int) -> int:
 
 
 def _warps(values: int, each: int) -> int:
-    """Warps for so many values with `each` of them a thread, 16 at most."""
-    return max(1, min(16, _power_of_two(values) // (32 * each)))
+    """Warps for so many values with `each` to twice that of them a thread, 16 at most."""
+    return 1 << max(0, min(4, (values // (32 * each)).bit_length() - 1))
 
 
 def _rows(source: Source, index: Tensor | None, ranges: Ranges, to: Target) -> Target:
@@ -279,7 +281,7 @@ def _factored(source: Source, turn: Turn) -> Source:
             rows * vectors,
             vectors,
             turn.order**-0.5,
-            num_warps=8 if blocks * block > 96 else 4,
+            num_warps=4,
             SOURCE=source.kind,
             ORDER=turn.order,
             INNER=turn.inner,
@@ -287,7 +289,7 @@ def _factored(source: Source, turn: Turn) -> Source:
             BLOCK_M=64,
             BLOCK_N=block,
             BLOCKS=blocks,
-            BLOCK_K=16 if turn.order <= 16 else 32,
+            BLOCK_K=16,
             ASM=target().assembly,
         )
     return Source(PLAIN, out)
@@ -312,7 +314,8 @@ def _blocks(power: int, columns: int) -> tuple[int, int]:
 
     whole = _power_of_two(columns)
     sizes = [1 << bit for bit in range(whole.bit_length()) if 1 << bit >= 16 or 1 << bit == whole]
-    best = min([size for size in sizes if size * power <= TILE], key=cost)
+    most = LARGER_TILES.get(target().capability, TILE) // power
+    best = min([size for size in sizes if size <= most], key=cost)
     return best, threads(best)
 
 

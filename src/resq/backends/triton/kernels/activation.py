@@ -87,7 +87,7 @@ def quantize_rows(
             total += tl.sum(tl.sum(tile * tile, 1), 0)
         tiles = tiles + (tile,)
     if SOURCE == NORM:
-        root = tl.sqrt_rn(tl.div_rn(total, n * 1.0) + eps)
+        root = tl.sqrt_rn(tl.div_rn(total, n) + eps)
         inverse_root = tl.div_rn(1.0, root)
     for b in tl.static_range(bands):
         s = tl.arange(0, BLOCKS[b])
@@ -104,8 +104,9 @@ def quantize_rows(
         else:
             low = tl.minimum(tl.min(tile, 1), 0.0)
             high = tl.maximum(tl.max(tile, 1), 0.0)
-            clipped: tl.constexpr = CLIPS[b] != 1.0
-            scale, inverse, zero = affine_range(low, high, RECIPROCALS[b], CLIPS[b], TOPS[b], HALF, clipped, ASM)
+            scale, inverse, zero = affine_range(
+                low, high, RECIPROCALS[b], CLIPS[b], TOPS[b], HALF, CLIPS[b] != 1.0, ASM
+            )
             q = affine_integers(tile, inverse[:, None], zero[:, None], TOPS[b], ASM)
             if OUT == ROUNDED:
                 tl.store(out_ptr + at, (q - zero[:, None]) * scale[:, None], mask=inside)
