@@ -1,13 +1,17 @@
-"""Draw docs/accuracy.svg from results/compare (what each recipe adds to the loss at 4 and at 3 bits) and
-docs/speed.svg from results/speed.jsonl (tokens per second of every engine, and our operators under the limits)."""
+"""Draw docs/accuracy.svg from results/compare (what each recipe adds to the loss at 4 and at 3 bits), docs/speed.svg
+from results/speed.jsonl (tokens per second of every engine, and our operators under the limits) and, where a card was
+measured, docs/gpu-speed.svg from results/gpu-speed.jsonl (a block's speed over torch in bfloat16)."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import numpy as np
 
+from resq.measure.rows import read_rows
 from tables import ROOT, compared, headed, point_of, speed_rows
 
 matplotlib.use("svg")
@@ -87,9 +91,57 @@ def roofline(panel: Axes, rows: list[dict[str, Any]]) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
+def gpu_speed(file: Path, out: Path) -> None:
+    """How many times as fast as torch in bfloat16 every contender's block is, prefill above and decoding below, a
+    column for each model (the upper row is the paper's figure 3a). Nothing without rows from a card."""
+    rows = read_rows(file) if file.is_file() else []
+    rows = [row for row in rows if row["card"] is not None and not row["plan"]["capture_prefill"]]
+    if not rows:
+        return
+    models = list(dict.fromkeys(row["subject"] for row in rows))
+    names = [name for name in dict.fromkeys(row["name"] for row in rows) if name != "torch-bf16"]
+    grid = plt.subplots(2, len(models), figsize=(3.2 * len(models) + 1, 5.4), squeeze=False, layout="constrained")
+    figure, panels = grid
+    for column, model in enumerate(models):
+        for line, mode in enumerate(("prefill", "decode")):
+            # A later run of the same point replaces an earlier one.
+            found = {
+                (row["name"], tick_of(row)): median(row["seconds"])
+                for row in rows
+                if (row["subject"], row["mode"]) == (model, mode)
+            }
+            bars(panels[line][column], found, names)
+            panels[line][column].set_xlabel("prompt tokens" if mode == "prefill" else "batch, context")
+        panels[0][column].set_title(model, loc="left", fontsize=10)
+    for line in panels:
+        line[0].set_ylabel("times as fast as bfloat16")
+    panels[0][-1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"One decoder block, {rows[-1]['card']}", x=0.01, ha="left", fontsize=10)
+    figure.savefig(out, facecolor="white", metadata={"Date": None})
+
+
+def tick_of(row: dict[str, Any]) -> str:
+    """A point in a few characters: 2048, or 16 × 1k."""
+    return str(row["tokens"]) if row["mode"] == "prefill" else f"{row['batch']} × {row['context'] / 1024:g}k"
+
+
+def bars(panel: Axes, seconds: dict[tuple[str, str], float], names: list[str]) -> None:
+    """A group of bars for each point that bfloat16 was measured at."""
+    ticks = [tick for name, tick in seconds if name == "torch-bf16"]
+    width = 0.8 / max(1, len(names))
+    for number, name in enumerate(names):
+        at = [place for place, tick in enumerate(ticks) if (name, tick) in seconds]
+        ratios = [seconds["torch-bf16", ticks[place]] / seconds[name, ticks[place]] for place in at]
+        panel.bar(np.array(at) + (number - (len(names) - 1) / 2) * width, ratios, 0.95 * width, label=name)
+    panel.set_xticks(range(len(ticks)), ticks)
+    panel.axhline(1, color="#333", linewidth=0.8)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
 def main() -> None:
     accuracy()
     speed()
+    gpu_speed(ROOT / "results" / "gpu-speed.jsonl", ROOT / "docs" / "gpu-speed.svg")
 
 
 if __name__ == "__main__":
