@@ -122,7 +122,7 @@ def gpu_speed(file: Path, out: Path) -> None:
 
 def tick_of(row: dict[str, Any]) -> str:
     """A point in a few characters: 2048, or 16 × 1k."""
-    return str(row["tokens"]) if row["mode"] == "prefill" else f"{row['batch']} × {row['context'] / 1024:g}k"
+    return str(row["tokens"]) if row["mode"] == "prefill" else f"{row['batch']} × {row['context'] / 1024:.2g}k"
 
 
 def bars(panel: Axes, seconds: dict[tuple[str, str], float], names: list[str]) -> None:

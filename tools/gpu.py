@@ -260,9 +260,9 @@ def sweep(shape: str, part: str | None = None) -> None:
     for compiler in compilers:
         compiler.wait()
     found = timed(layer, sizes, timer_on(TRITON.device), wanted=wanted)
-    for each in sorted(found, key=lambda each: (each.rows, each.seconds or 1e9)):
+    for each in sorted(found, key=lambda each: (each.rows, each.bands, each.seconds or 1e9)):
         what = f"{each.seconds * 1e6:9.1f} µs" if each.seconds is not None else f"{each.failed}"
-        print(f"{each.rows:>6} rows  {what}  {json.dumps(each.use)}")
+        print(f"{each.rows:>6} rows, {each.bands} bands  {what}  {json.dumps(each.use)}")
     times = [vars(each) for each in found]
     head = {"shape": shape, "card": card(), "capability": target().capability, **provenance()}
     write_json(OUT / "configs.json", {**head, "packed_linear": proposals(found), "times": times})

@@ -1,13 +1,13 @@
 """Which tiles the linears of a block should have on a card: candidates timed, the best proposed as a configuration.
 
-A choice holds for a range of rows, whatever the linear, so what is timed is all linears of a block one after the other,
-over copies that the cache does not hold.
+A choice holds for a range of rows and a number of bands, whatever the linear, so what is timed is all linears of a
+block with so many bands one after the other, over copies that the cache does not hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from resq.measure.gpu.timer import Run, Timer, repeats_for
 from resq.measure.speed import held_bytes
 from resq.models.architecture import READERS, Point, Shape
 from resq.models.decoder import Layer
+from resq.numerics.linear import PackedLinear
 from resq.progress import Progress, silent
 
 KERNEL = "packed_linear"
@@ -60,7 +61,8 @@ PRODUCTS: tuple[dict[str, Any], ...] = (
     {"merge": True, "tokens": 256},
     {"merge": True, "channels": 256},
 )
-CANDIDATES: dict[int, tuple[dict[str, Any], ...]] = {
+Wanted = Mapping[int, Iterable[dict[str, Any]]]
+CANDIDATES: Wanted = {
     1: MEMORY,
     16: MEMORY,
     32: MEMORY,
@@ -73,42 +75,55 @@ CANDIDATES: dict[int, tuple[dict[str, Any], ...]] = {
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of a block's linears for so many rows with these choices; None and why where they cannot run."""
+    """Seconds of a block's linears of so many bands for so many rows with these choices; None and why where they cannot
+    run."""
 
     rows: int
+    bands: int
     use: dict[str, Any]
     seconds: float | None
     failed: str | None = None
 
 
-def linears_of(layer: Layer, shape: Shape, rows: int, copies: int = 1) -> Run:
-    """All linears of copies of a layer on random activations; gives what the last copy does."""
-    made = [layer.prepacked(TRITON) for _ in range(copies)]
-    generator = torch.Generator(TRITON.device).manual_seed(rows)
-    inputs: dict[Point, Rows | Tensor] = {}
+def by_bands(layer: Layer) -> dict[int, list[Point]]:
+    """Where the linears of each number of bands are. Raises InputError for linears that are another kernel's."""
+    found: dict[int, list[Point]] = {}
     for point, roles in READERS.items():
-        size = shape.sizes()[roles[0]][1]
+        linear = layer.linears[roles[0]]
+        if layer.inputs[point].bands is None or not isinstance(linear, PackedLinear):
+            raise InputError("only rounded linears with rounded inputs have tiles to choose; give such a recipe")
+        found.setdefault(len(linear.bands), []).append(point)
+    return found
+
+
+def linears_of(layer: Layer, shape: Shape, points: Sequence[Point], rows: int, copies: int = 1) -> Run:
+    """The linears at these points, of copies of a layer, on random activations; gives what the last copy does."""
+    made = [
+        [[TRITON.prepack(layer.linears[role], layer.inputs[point]) for role in READERS[point]] for point in points]
+        for _ in range(copies)
+    ]
+    generator = torch.Generator(TRITON.device).manual_seed(rows)
+    inputs: list[Rows] = []
+    for point in points:
+        size = shape.sizes()[READERS[point][0]][1]
         x = torch.randn(1, rows, size, generator=generator, device=TRITON.device)
-        format = layer.inputs[point]
-        inputs[point] = x if format.bands is None else rows_of(format.quantize(x))
+        inputs.append(rows_of(layer.inputs[point].quantize(x)))
 
     def run() -> list[Tensor]:
         found = []
         for each in made:
-            parts = [
-                TRITON.linears(inputs[at], [each.linears[role] for role in roles]) for at, roles in READERS.items()
-            ]
+            parts = [TRITON.linears(x, weights) for x, weights in zip(inputs, each, strict=True)]
             found = [y for part in parts for y in part]
         return found
 
     return run
 
 
-def candidates(rows: int, changes: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Whole choices for so many rows, each once."""
+def candidates(rows: int, bands: int, changes: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Whole choices for so many rows and bands, each once."""
     seen: list[dict[str, Any]] = []
     for change in changes:
-        use = chosen(KERNEL, rows=rows, groups=1) | change
+        use = chosen(KERNEL, rows=rows, groups=1, bands=bands) | change
         if use not in seen:
             seen.append(use)
             yield use
@@ -125,57 +140,66 @@ def _attempt(run: Run) -> tuple[list[Tensor], str | None]:
         return [], (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def compile_part(layer: Layer, shape: Shape, part: int, parts: int, wanted: dict[int, Any] | None = None) -> int:
+def compile_part(layer: Layer, shape: Shape, part: int, parts: int, wanted: Wanted | None = None) -> int:
     """Run every `parts`-th candidate once from `part` on, so that Triton's cache on disk has it; how many those were.
     Several processes at once compile what one then times."""
-    every = [(rows, use) for rows, changes in (wanted or CANDIDATES).items() for use in candidates(rows, changes)]
-    for rows, use in every[part::parts]:
+    every = [
+        (rows, points, use)
+        for rows, changes in (wanted or CANDIDATES).items()
+        for bands, points in by_bands(layer).items()
+        for use in candidates(rows, bands, changes)
+    ]
+    for rows, points, use in every[part::parts]:
         with using(KERNEL, **use):
-            _attempt(linears_of(layer, shape, rows))
+            _attempt(linears_of(layer, shape, points, rows))
     return len(every[part::parts])
 
 
 def sweep(
-    layer: Layer,
-    shape: Shape,
-    timer: Timer,
-    *,
-    wanted: dict[int, Any] | None = None,
-    progress: Progress = silent,
+    layer: Layer, shape: Shape, timer: Timer, *, wanted: Wanted | None = None, progress: Progress = silent
 ) -> list[Timing]:
-    """Every candidate's time. layer: of packed linears, not prepacked. Raises InputError for one without rounded
-    inputs, whose linears are another kernel's."""
-    if any(layer.inputs[point].bands is None for point in READERS):
-        raise InputError("only linears with rounded inputs have tiles to choose; give a recipe that rounds activations")
-    wanted = wanted or CANDIDATES
-    held = sum(held_bytes(weight) for weight in layer.prepacked(TRITON).linears.values())
-    copies, found = copies_for(timer, held), []
-    for number, (rows, changes) in enumerate(wanted.items()):
-        progress("sweeping", number, len(wanted))
-        run = linears_of(layer, shape, rows, copies)
+    """Every candidate's time. layer: not prepacked. Raises InputError for linears that are another kernel's."""
+    wanted, found = wanted or CANDIDATES, []
+    parts = [(rows, changes, *each) for rows, changes in wanted.items() for each in by_bands(layer).items()]
+    for number, (rows, changes, bands, points) in enumerate(parts):
+        progress("sweeping", number, len(parts))
+        held = sum(
+            held_bytes(TRITON.prepack(layer.linears[role], layer.inputs[point]))
+            for point in points
+            for role in READERS[point]
+        )
+        copies = copies_for(timer, held)
+        run = linears_of(layer, shape, points, rows, copies)
         plain, _ = _attempt(run)
-        for use in candidates(rows, changes):
-            with using(KERNEL, **use):
-                computed, why = _attempt(run)
-                # Tiles change the order of nothing but integers; one sum of both bands is another kernel.
-                if why is None and not use.get("merge") and not all(map(torch.equal, computed, plain)):
-                    why = "not what the default computes"
-                seconds = None
-                if why is None:
-                    captured = timer.captured(run)
-                    seconds = timer.seconds(captured, repeats_for(timer, captured, SECONDS)) / copies
-            found.append(Timing(rows, use, seconds, why))
-    progress("sweeping", len(wanted), len(wanted))
+        for use in candidates(rows, bands, changes):
+            found.append(_timed(Timing(rows, bands, use, None), run, plain, timer, copies))
+    progress("sweeping", len(parts), len(parts))
     return found
 
 
+def _timed(timing: Timing, run: Run, plain: Sequence[Tensor], timer: Timer, copies: int) -> Timing:
+    with using(KERNEL, **timing.use):
+        computed, why = _attempt(run)
+        # Tiles change the order of nothing but integers; one sum of both bands is another kernel.
+        if why is None and not timing.use.get("merge") and not all(map(torch.equal, computed, plain)):
+            why = "not what the default computes"
+        if why is not None:
+            return replace(timing, failed=why)
+        captured = timer.captured(run)
+        return replace(timing, seconds=timer.seconds(captured, repeats_for(timer, captured, SECONDS)) / copies)
+
+
 def proposals(timings: Iterable[Timing]) -> list[dict[str, Any]]:
-    """Entries for backends/triton/configs: for each number of rows the fastest choice, the last without a limit."""
-    best: dict[int, Timing] = {}
+    """Entries for backends/triton/configs: the fastest choice for each number of rows and bands. The most rows timed
+    stand for more, and where there are more bands the default's last choice holds."""
+    best: dict[tuple[int, int], Timing] = {}
     for timing in timings:
-        if timing.seconds is not None:
-            known = best.get(timing.rows)
-            if known is None or known.seconds is None or timing.seconds < known.seconds:
-                best[timing.rows] = timing
-    entries = [{"when": {"rows": rows}, "use": best[rows].use} for rows in sorted(best)]
-    return [*entries[:-1], {"use": entries[-1]["use"]}] if entries else []
+        known = best.get((timing.rows, timing.bands))
+        if timing.seconds is not None and (known is None or timing.seconds < (known.seconds or 0)):
+            best[timing.rows, timing.bands] = timing
+    most = max((rows for rows, _ in best), default=0)
+    entries = []
+    for (rows, bands), timing in sorted(best.items(), key=lambda item: item[0]):
+        limit = {} if rows == most else {"rows": rows}
+        entries.append({"when": limit | {"bands": bands}, "use": timing.use})
+    return [*entries, {"use": chosen(KERNEL, rows=2**31, groups=2**31, bands=2**31)}]
