@@ -1,0 +1,278 @@
+"""RoPE, rounding and append; and attention over the packed cache. Shapes are checked here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
+
+from resq.backends.kept import Kept
+from resq.backends.triton.cache import Cache, Store, power_of_two
+from resq.backends.triton.configs import chosen
+from resq.backends.triton.device import DEVICE, target
+from resq.backends.triton.kernels.attention import decode, merge
+from resq.backends.triton.kernels.rope import rope_append
+from resq.backends.triton.launch import launch
+from resq.errors import InputError
+from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
+
+# Up to this many new tokens, and rows of a tile (tokens times query heads of a kv head), run over packed bytes.
+FEW_TOKENS = 8
+MOST_ROWS = 32
+# The fewest slots that are worth a program of the decode kernel.
+LEAST = 64
+# Programs of the decode kernel for each multiprocessor.
+WAVES = 8
+# Parts at most, which one program merges.
+MOST_PARTS = 128
+# Queries that share a mask, and bytes of dequantized keys and values at a time.
+CHUNK = 1024
+WORKSPACE = 2**29
+# What attention multiplies; the interpreter's CPU has no fast float16.
+LARGEST = torch.finfo(torch.float16).max
+FLOATS = torch.float16 if DEVICE.type == "cuda" else torch.float32
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A format's map [h, h] (None: identity) and clips [bands] (None: 1) on the device, float32; the coordinates it
+    takes (0: any)."""
+
+    matrix: Tensor | None
+    clip: Tensor | None
+    size: int
+
+
+def _make(format: ActivationFormat) -> _Made:
+    sizes = {part.size for part in (format.bands, format.map) if part is not None}
+    if len(sizes) > 1:
+        raise InputError(f"bands and map of an activation cover {' and '.join(map(str, sorted(sizes)))} coordinates")
+    if format.groups != 1:
+        raise InputError(f"keys and values have one range per band, got {format.groups} groups")
+    size, matrix = sizes.pop() if sizes else 0, None
+    if format.map is not None:
+        matrix = format.map.apply(torch.eye(size, dtype=torch.float64)).to(DEVICE, torch.float32).contiguous()
+    clip = None if format.clip is None else torch.tensor(format.clip, dtype=torch.float32).to(DEVICE)
+    return _Made(matrix, clip, size)
+
+
+_made: Kept[ActivationFormat, _Made] = Kept(_make)
+
+
+@dataclass(frozen=True)
+class _Gain:
+    """A norm's gains float32 on the device, None for ones."""
+
+    values: Tensor | None
+
+
+_gain: Kept[Norm, _Gain] = Kept(
+    lambda norm: _Gain(None if norm.gain is None else norm.gain.to(DEVICE, torch.float32).contiguous())
+)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """float32 [b, t, heads, h] with each token's heads next to each other."""
+    x = x if x.dtype is torch.float32 else x.to(torch.float32)
+    return x if x.stride(-1) == 1 and x.stride(-2) == x.shape[-1] else x.contiguous()
+
+
+def _planes(store: Store) -> tuple[Tensor | None, ...]:
+    """Halves, nibbles, bytes, scales, zero points; None for what the store has not."""
+    return (*store.planes, None, None, None, None) if store.places is None else (None, *store.planes)
+
+
+def _constants(store: Store, prefix: str) -> dict[str, Any]:
+    if store.places is not None:
+        return store.places.constants(prefix)
+    return {prefix + name: () for name in ("BITS", "FIRST", "SIZE", "AT", "PART")} | {
+        prefix + name: 0 for name in ("NIBBLES", "BYTES", "GROUP")
+    }
+
+
+def _check_sizes(formats: HeadFormats, size: int) -> None:
+    sizes = {_made(each).size for each in (formats.query, formats.key, formats.value)}
+    norms = (formats.query_norm, formats.key_norm)
+    sizes |= {norm.gain.numel() for norm in norms if norm is not None and norm.gain is not None}
+    if not sizes <= {0, size}:
+        raise InputError(f"formats of heads of {sorted(sizes - {0})} coordinates cannot take heads of {size}")
+
+
+def rope_project_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, formats: HeadFormats, cache: Cache
+) -> Tensor:
+    """Each head's norm, RoPE, maps, rounding, append: q [b, t, H, h], k and v [b, t, G, h] -> projected q."""
+    q, k, v = _heads(q), _heads(k), _heads(v)
+    (batch, tokens, heads, size), kv_heads = q.shape, k.shape[2]
+    fit = k.shape == v.shape == (batch, tokens, kv_heads, size) and cos.shape == sin.shape == (batch, tokens, size)
+    if not fit or size % 2:
+        shapes = ", ".join(
+            f"{name} {list(each.shape)}"
+            for name, each in zip(["q", "k", "v", "cos", "sin"], (q, k, v, cos, sin), strict=True)
+        )
+        raise InputError(f"queries, keys, values and RoPE tables do not fit together: {shapes}")
+    _check_sizes(formats, size)
+    cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
+    position = cache.extend(batch, kv_heads, size, tokens)
+    out = torch.empty(batch, tokens, heads, size, device=DEVICE)
+    rows = batch * tokens
+    norms = (formats.query_norm, formats.key_norm)
+    gains = [(None, 0.0) if norm is None else (_gain(norm).values, float(norm.eps)) for norm in norms]
+    query, key, value = (_made(each) for each in (formats.query, formats.key, formats.value))
+    choice = chosen("rope", heads=rows * heads)
+    tile = choice["rows"]
+    launch(
+        rope_append,
+        (-(-rows * heads // tile) + 2 * -(-rows * kv_heads // tile),),
+        *(q, q.stride(0), q.stride(1), k, k.stride(0), k.stride(1), v, v.stride(0), v.stride(1)),
+        *(cos, sin, tokens, rows, position, cache.clock, cache.capacity),
+        *(*gains[0], query.matrix, *gains[1], key.matrix, key.clip, value.matrix, value.clip),
+        out,
+        *_planes(cache.keys),
+        *_planes(cache.values),
+        num_warps=choice["warps"],
+        fuse=False,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD=size,
+        QUERY_NORM=norms[0] is not None,
+        KEY_NORM=norms[1] is not None,
+        QUERY_INPUT_BITS=formats.query.map_input_bits or 0,
+        KEY_INPUT_BITS=formats.key.map_input_bits or 0,
+        VALUE_INPUT_BITS=formats.value.map_input_bits or 0,
+        KEY_HALF_SCALE=formats.key.scale_dtype == torch.float16,
+        VALUE_HALF_SCALE=formats.value.scale_dtype == torch.float16,
+        **_constants(cache.keys, "K_"),
+        **_constants(cache.values, "V_"),
+        ROWS=tile,
+        COLUMNS=power_of_two(size, 16),
+        STEP=min(32, power_of_two(size, 16)),
+        ASM=target().assembly,
+    )
+    return out
+
+
+def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
+    """Causal softmax attention of the last t cached tokens: q [b, t, H, h] -> [b, t, H·h]."""
+    q = _heads(q)
+    batch, tokens, heads, size = q.shape
+    held = cache.shape
+    if held is None or tokens > cache.length or held[0] != batch or heads % held[1] or size != cache.size:
+        found = "nothing" if held is None else f"{held[0]} rows of {cache.length} tokens, {held[1]} heads"
+        raise InputError(f"queries {list(q.shape)} do not fit a cache of {found} of {cache.size} coordinates")
+    if starts is not None and starts.shape != (batch,):
+        raise InputError(f"starts {list(starts.shape)} do not fit a batch of {batch}; one first slot per row is needed")
+    starts = None if starts is None else starts.to(DEVICE, torch.int64)
+    packed = cache.keys.places is not None and cache.values.places is not None
+    if packed and tokens <= FEW_TOKENS and tokens * (heads // held[1]) <= MOST_ROWS:
+        return _decode(q, cache, scale, starts, window)
+    return _prefill(q, cache, scale, starts, window)
+
+
+def _decode(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
+    batch, tokens, heads, size = q.shape
+    kv_heads = cache.keys.planes[0].shape[1]
+    share = heads // kv_heads
+    rows = power_of_two(tokens * share, 8)
+    choice = chosen("decode", rows=rows, head=size)
+    # By the capacity, so that a recorded step has the parts of any other; each takes its share of what is stored.
+    most = min(cache.capacity, cache.capacity if window is None else power_of_two(window + tokens, LEAST)) // LEAST
+    parts = max(1, min(most, MOST_PARTS, -(-WAVES * target().multiprocessors // (batch * kv_heads))))
+    sums = torch.empty(batch, kv_heads, parts, rows, size, device=DEVICE)
+    peaks, totals = torch.empty(2, batch, kv_heads, parts, rows, device=DEVICE)
+    out = torch.empty(batch, tokens, heads * size, device=DEVICE)
+    shapes: dict[str, Any] = {"TOKENS": tokens, "SHARE": share, "HEAD": size, "ROWS": rows}
+    launch(
+        decode,
+        (parts, kv_heads, batch),
+        *(q, q.stride(0), q.stride(1)),
+        *cache.keys.planes,
+        *cache.values.planes,
+        *(starts, cache.clock, cache.length, cache.capacity, window, scale * math.log2(math.e)),
+        *(sums, peaks, totals),
+        **shapes,
+        num_warps=choice["warps"],
+        BLOCK=choice["block"],
+        STAGES=choice["stages"],
+        **_constants(cache.keys, "K_"),
+        **_constants(cache.values, "V_"),
+        ASM=target().assembly,
+    )
+    launch(
+        merge,
+        (tokens * share, kv_heads, batch),
+        *(sums, peaks, totals, out),
+        PARTS=parts,
+        PADDED=power_of_two(parts, 1),
+        STEP=min(16, power_of_two(parts, 1)),
+        **shapes,
+        COLUMNS=power_of_two(size, 16),
+    )
+    return out
+
+
+def _visible(first: int | Tensor, queries: slice, slots: slice, starts: Tensor | None, window: int | None) -> Tensor:
+    """Which of `slots` the queries may see, bool [b or 1, 1, queries, slots]; first: the slot of query 0.
+
+    A query always sees its own slot, so that a padded row stays finite.
+    """
+    query = torch.arange(queries.start, queries.stop, device=DEVICE)[:, None] + first
+    slot = torch.arange(slots.start, slots.stop, device=DEVICE)[None, :]
+    allowed = slot <= query
+    if window is not None:
+        allowed = allowed & (slot > query - window)
+    allowed = allowed[None, None]
+    if starts is not None:
+        allowed = allowed & (slot[None, None] >= starts[:, None, None, None])
+    return allowed | (slot == query)
+
+
+def _prefill(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
+    """By torch's attention over dequantized keys and values: as many batch rows at a time as the workspace holds."""
+    batch, tokens, heads, size = q.shape
+    kv_heads = cache.keys.planes[0].shape[1]
+    out = torch.empty(batch, tokens, heads * size, device=DEVICE)
+    # A recorded step does not know how much is stored: it masks what is not.
+    recorded = cache.clock is not None
+    length = cache.capacity if recorded else cache.length
+    past = cache.clock if cache.clock is not None else length - tokens
+    plain = not recorded and starts is None and window is None
+    # torch's kernels that take a mask have a key head for every query head.
+    copies = 1 if plain else heads // kv_heads
+    lowest = 0 if recorded or window is None else max(0, length - tokens - window + 1)
+    step = max(1, WORKSPACE // (2 * kv_heads * copies * (length - lowest) * size * FLOATS.itemsize))
+    for start in range(0, batch, step):
+        rows = slice(start, min(start + step, batch))
+        k, v = (
+            store.dense(rows, slice(lowest, length), FLOATS).repeat_interleave(copies, dim=1)
+            for store in (cache.keys, cache.values)
+        )
+        first = None if starts is None else starts[rows]
+        for at in range(0, tokens, tokens if plain else CHUNK):
+            queries = slice(at, tokens if plain else min(at + CHUNK, tokens))
+            seen = slice(lowest, length)
+            if not plain and not recorded:
+                before = length - tokens
+                begin = lowest if window is None else max(lowest, before + at - window + 1)
+                seen = slice(begin, before + queries.stop)
+            part = F.scaled_dot_product_attention(
+                q[rows, queries].clamp(-LARGEST, LARGEST).to(FLOATS).transpose(1, 2),
+                k[:, :, seen.start - lowest : seen.stop - lowest],
+                v[:, :, seen.start - lowest : seen.stop - lowest],
+                _bias(tokens, length) if plain else _visible(past, queries, seen, first, window),
+                is_causal=plain and tokens == length,
+                scale=scale,
+                enable_gqa=plain and heads != kv_heads,
+            )
+            out[rows, queries] = part.transpose(1, 2).flatten(-2)
+    return out
+
+
+def _bias(tokens: int, length: int) -> Any:
+    """Causal for the last `tokens`; None where torch's own flag or no mask says the same."""
+    return None if tokens in (1, length) else causal_lower_right(tokens, length)
