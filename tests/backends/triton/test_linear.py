@@ -5,7 +5,7 @@ What operators allocate is filled beforehand with NaN, or the largest integer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,6 +55,25 @@ def prepacked(each: PackedLinear, inputs: ActivationFormat = PLAIN) -> PackedWei
     return weight
 
 
+def placed(x: Any) -> Any:
+    """The same where kernels run, which is the CPU in the interpreter."""
+    if isinstance(x, Quantized) and not isinstance(x, rows.Rows):
+        return replace(x, q=placed(x.q), scale=placed(x.scale), zero=placed(x.zero))
+    return x.to(TRITON.device) if isinstance(x, Tensor) else x
+
+
+def ours_of_all(x: Any, weights: Sequence[Any], onto: Tensor | None = None) -> list[Tensor]:
+    return [y.cpu() for y in TRITON.linears(placed(x), weights, placed(onto))]
+
+
+def ours(x: Any, weight: Any, onto: Tensor | None = None) -> Tensor:
+    return ours_of_all(x, [weight], onto)[0]
+
+
+def sums(x: Quantized, weight: PackedWeight) -> Tensor:
+    return accumulate(placed(x), weight).cpu()
+
+
 def two_bands(count: int, out: int = 33) -> tuple[Quantized, PackedLinear, ActivationFormat]:
     return quantize(normal(count, TWO.size), TWO), packed(TWO, out), ActivationFormat(bands=TWO)
 
@@ -66,7 +85,7 @@ def test_accumulated_integers_are_the_references(name: str) -> None:
     for out, count in ((17, 3), (1, 17)):
         weight = prepacked(first_outputs(whole, out), inputs)
         with using("packed_linear", **SMALL):
-            assert torch.equal(accumulate(rows_of(x, slice(count)), weight), want[:count, :, :out])
+            assert torch.equal(sums(rows_of(x, slice(count)), weight), want[:count, :, :out])
 
 
 @pytest.mark.slow
@@ -76,7 +95,7 @@ def test_accumulated_integers_of_more_cuts_are_the_references(name: str) -> None
     weight, want = prepacked(first_outputs(whole, 33), inputs), exact_sums(x, whole)[:, :, :33]
     for count in (66, 40, 20):
         with using("packed_linear", **SMALL | {"tokens": 32}):
-            assert torch.equal(accumulate(rows_of(x, slice(count)), weight), want[:count])
+            assert torch.equal(sums(rows_of(x, slice(count)), weight), want[:count])
 
 
 @pytest.mark.parametrize("name", ["finer-weights", "heads", "three-bands"])
@@ -86,10 +105,10 @@ def test_integers_and_outputs_have_the_same_bits_however_rows_are_split(name: st
     onto, outs = normal(5, 19, seed=3), []
     for split in (1, 2, 5):
         with using("packed_linear", **SMALL | {"channels": 32}, split=split):
-            assert torch.equal(accumulate(x, weight), want), split
-            outs.append(TRITON.linear(x, weight, onto))
+            assert torch.equal(sums(x, weight), want), split
+            outs.append(ours(x, weight, onto))
     assert all(torch.equal(out, outs[0]) for out in outs)
-    work, tickets = linear._workspace(torch.device("cpu"))
+    work, tickets = linear._workspace(TRITON.device)
     assert not work.any()
     assert not tickets.any()
 
@@ -105,7 +124,7 @@ def test_a_split_is_chosen_where_there_are_few_tiles(monkeypatch: pytest.MonkeyP
     bands = Bands.of((4, 2048))
     x, each = quantize(normal(2, 2048), bands), packed(bands, 20)
     weight = prepacked(each, ActivationFormat(bands=bands))
-    assert torch.equal(accumulate(x, weight), exact_sums(x, each))
+    assert torch.equal(sums(x, weight), exact_sums(x, each))
     assert grids == [(1, 2)]
 
 
@@ -122,7 +141,7 @@ def test_integers_are_exact_at_the_ends_of_every_width(w_bits: int) -> None:
         zero = torch.tensor([0, top] * 4, dtype=torch.uint8)[:, None, None]
         x = Quantized(q, torch.ones(8, 1, 1), zero, bands)
         want = (q.to(torch.int64) - zero[..., 0].to(torch.int64)) @ weights.T.to(torch.int64)
-        got = accumulate(x, prepacked(each, ActivationFormat(bands=bands)))
+        got = sums(x, prepacked(each, ActivationFormat(bands=bands)))
         assert torch.equal(got[:, 0].to(torch.int64), want), q_bits
 
 
@@ -132,7 +151,7 @@ def test_the_longest_rows_do_not_overflow(w_bits: int, least: int) -> None:
     each = PackedLinear.from_integers(torch.full((2, LONGEST), least), torch.ones(2, 1), bands)
     zero = torch.zeros(2, 1, 1, dtype=torch.uint8)
     x = Quantized(torch.full((2, LONGEST), 255, dtype=torch.uint8), torch.ones(2, 1, 1), zero, inputs)
-    assert (accumulate(x, prepacked(each, ActivationFormat(bands=inputs))) == 255 * least * LONGEST).all()
+    assert (sums(x, prepacked(each, ActivationFormat(bands=inputs))) == 255 * least * LONGEST).all()
     too_long = PackedLinear.from_integers(torch.ones(1, LONGEST + 1), torch.ones(1, 1), Bands.of((w_bits, LONGEST + 1)))
     with pytest.raises(InputError, match="overflows 32-bit sums"):
         TRITON.prepack(too_long)
@@ -141,16 +160,16 @@ def test_the_longest_rows_do_not_overflow(w_bits: int, least: int) -> None:
 @pytest.mark.parametrize("name", ["one-band-of-heads", "three-bands", "last-block-of-4"])
 def test_what_lies_beside_the_activations_does_not_count(name: str) -> None:
     x, whole, inputs = cut_case(name, 2)
-    weight, sums = prepacked(first_outputs(whole, 5), inputs), []
+    weight, found = prepacked(first_outputs(whole, 5), inputs), []
     for value in (-128, 127):
-        moved = rows.rows_of(x)
+        moved = rows.rows_of(placed(x))
         moved.container[:, moved.size :] = value
-        sums.append(accumulate(moved, weight))
+        found.append(sums(moved, weight))
         # The last row's slack is all that is read beyond it.
         panels = [(each, 2 * each.length if each.nibbles else each.length) for each in weight.panels]
         furthest = max(each.start + (weight.groups - 1) * each.step + room for each, room in panels)
         assert furthest <= moved.ld
-    assert torch.equal(*sums)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
@@ -159,21 +178,21 @@ def test_a_quantized_linear_is_within_float32_rounding_of_the_reference(name: st
     x, whole, inputs = cut_case(name, 17)
     whole = first_outputs(whole if bias else replace(whole, bias=None), 37)
     want, onto, weight = REFERENCE.linear(x, unpacked(whole)), normal(17, 37, seed=5) * 30, prepacked(whole, inputs)
-    assert_within(TRITON.linear(x, weight), want, quantized_bound(x, whole, None))
-    assert_within(TRITON.linear(x, weight, onto), onto + want, quantized_bound(x, whole, onto))
+    assert_within(ours(x, weight), want, quantized_bound(x, whole, None))
+    assert_within(ours(x, weight, onto), onto + want, quantized_bound(x, whole, onto))
 
 
 def test_a_row_has_its_bits_whatever_the_rows_beside_it() -> None:
     x, each, inputs = two_bands(70)
     weight, onto = prepacked(each, inputs), normal(70, 33, seed=8)
-    every = TRITON.linear(x, weight, onto)
+    every = ours(x, weight, onto)
     for at in (slice(0, 1), slice(3, 20), slice(31, 67)):
-        assert torch.equal(TRITON.linear(rows_of(x, at), weight, onto[at]), every[at]), at
+        assert torch.equal(ours(rows_of(x, at), weight, onto[at]), every[at]), at
 
 
 def merged(x: Quantized, weight: PackedWeight, onto: Tensor | None = None) -> Tensor:
     with using("packed_linear", **SMALL, merge=True, split=1):
-        return TRITON.linear(x, weight, onto)
+        return ours(x, weight, onto)
 
 
 def merge_bound(x: Quantized, each: PackedLinear) -> Tensor:
@@ -190,7 +209,7 @@ def test_one_accumulator_for_both_bands_is_within_its_bound() -> None:
     bound = quantized_bound(x, each, onto) + merge_bound(x, each)
     assert_within(got, onto + REFERENCE.linear(x, unpacked(each)), bound)
     # It is another form, and rounds: the exact one has other bits.
-    assert not torch.equal(got, TRITON.linear(x, weight, onto))
+    assert not torch.equal(got, ours(x, weight, onto))
 
 
 @pytest.mark.parametrize("massive", [1e3, 1e6, 1e30])
@@ -225,24 +244,24 @@ def test_several_linears_of_one_input_are_one_launch_and_each_alone(monkeypatch:
     linears = [packed(bands, 33), packed(bands, 5, bias=False, seed=3), packed(bands, 64, seed=9)]
     weights, onto = [prepacked(each, inputs) for each in linears], normal(3, 2, 33, seed=4)
     x = quantize(normal(3, 2, 96), bands)
-    alone = [TRITON.linear(x, weight, onto if index == 0 else None) for index, weight in enumerate(weights)]
+    alone = [ours(x, weight, onto if index == 0 else None) for index, weight in enumerate(weights)]
     held, count[0] = sum(weight.nbytes for weight in weights), 0
-    got = TRITON.linears(x, weights, onto)
+    got = ours_of_all(x, weights, onto)
     assert count == [1]
     assert [tuple(y.shape) for y in got] == [(3, 2, 33), (3, 2, 5), (3, 2, 64)]
-    again = TRITON.linears(x, weights, onto)
+    again = ours_of_all(x, weights, onto)
     for mine, later, want, weight in zip(got, again, alone, weights, strict=True):
         assert torch.equal(mine, want)
         assert torch.equal(later, want)
-        assert torch.equal(TRITON.linear(x, weight, onto if weight is weights[0] else None), want)
+        assert torch.equal(ours(x, weight, onto if weight is weights[0] else None), want)
     # The weights are held once: views of the joined ones.
     assert len({weight.packed.untyped_storage().data_ptr() for weight in weights}) == 1
     assert sum(weight.nbytes for weight in weights) == held
-    swapped = TRITON.linears(x, [weights[2], weights[0]])
+    swapped = ours_of_all(x, [weights[2], weights[0]])
     assert torch.equal(swapped[0], alone[2])
     floats = normal(3, 2, 96)
-    for mine, weight in zip(TRITON.linears(floats, weights), weights, strict=True):
-        assert torch.equal(mine, TRITON.linear(floats, weight))
+    for mine, weight in zip(ours_of_all(floats, weights), weights, strict=True):
+        assert torch.equal(mine, ours(floats, weight))
 
 
 def test_linears_of_other_cuts_and_plain_ones_may_share_an_input() -> None:
@@ -250,7 +269,7 @@ def test_linears_of_other_cuts_and_plain_ones_may_share_an_input() -> None:
     plain, linears = DenseLinear(normal(7, 96), normal(7, seed=1)), [packed(bands, 33), packed(finer, 5)]
     x, onto = quantize(normal(4, 96), bands), normal(4, 7, seed=2)
     weights = [TRITON.prepack(plain), *(prepacked(each, ActivationFormat(bands=bands)) for each in linears)]
-    got = TRITON.linears(x, weights, onto)
+    got = ours_of_all(x, weights, onto)
     want = REFERENCE.linears(x, (plain, *map(unpacked, linears)), onto)
     # Dequantized to float32 first: one more rounding of every product.
     assert_within(got[0], want[0], dense_bound(x.dequantize(torch.float64), plain, onto, extra=96))
@@ -268,7 +287,7 @@ def test_float_activations_times_packed_weights_are_within_float32_rounding(name
         terms = x.double().abs() @ each.dequantize(torch.float64).abs().T + onto.abs() + each.bias.abs()
         # A sum over a band rounds at most size times, a product at most once; then as for quantized activations.
         bound = terms * (1.01 * (weights.size + len(weights) + 6) * ROUNDING)
-        assert_within(TRITON.linear(x, prepacked(each), onto), REFERENCE.linear(x, unpacked(each), onto), bound)
+        assert_within(ours(x, prepacked(each), onto), REFERENCE.linear(x, unpacked(each), onto), bound)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -280,9 +299,9 @@ def test_a_plain_linear_is_within_float32_rounding_of_the_reference(dtype: torch
             x, onto = normal(count, size, seed=count + 1), normal(count, out, seed=2)
             # Sums of float32 in any order: at most `size` roundings, where the bound counts a 16th.
             bound = dense_bound(x, each, onto, extra=size)
-            got = TRITON.linear(x, TRITON.prepack(replace(each, weight=weight.T.contiguous().T)), onto)
+            got = ours(x, TRITON.prepack(replace(each, weight=weight.T.contiguous().T)), onto)
             assert_within(got, onto + REFERENCE.linear(x, each), bound)
-    assert TRITON.linear(normal(0, 600), TRITON.prepack(each)).shape == (0, 9)
+    assert ours(normal(0, 600), TRITON.prepack(each)).shape == (0, 9)
 
 
 def test_inputs_may_lie_anyhow() -> None:
@@ -292,18 +311,18 @@ def test_inputs_may_lie_anyhow() -> None:
     views = torch.cat([normal(3, 2, 7), x.contiguous(), normal(3, 2, 50)], dim=-1)[..., 7:47]
     strided = torch.stack([onto, onto], -1)[..., 0]
     for weight in (prepacked(packed(bands, 33)), TRITON.prepack(DenseLinear(normal(33, 40)))):
-        want = TRITON.linear(x.contiguous(), weight, onto)
-        assert torch.equal(TRITON.linear(x, weight, strided), want)
-        assert torch.equal(TRITON.linear(views, weight, onto), want)
-        assert TRITON.linear(x.contiguous()[1, 1], weight, onto[1, 1]).shape == (33,)
-        half = TRITON.linear(x.half(), weight, onto.double())
-        assert torch.equal(half, TRITON.linear(x.half().float(), weight, onto))
+        want = ours(x.contiguous(), weight, onto)
+        assert torch.equal(ours(x, weight, strided), want)
+        assert torch.equal(ours(views, weight, onto), want)
+        assert ours(x.contiguous()[1, 1], weight, onto[1, 1]).shape == (33,)
+        half = ours(x.half(), weight, onto.double())
+        assert torch.equal(half, ours(x.half().float(), weight, onto))
     q, weight = quantize(x, bands), prepacked(packed(bands, 33), ActivationFormat(bands=bands))
-    want = TRITON.linear(q, weight, onto)
-    assert torch.equal(TRITON.linear(q, weight, strided), want)
-    assert torch.equal(TRITON.linear(rows_of(q, (1, 1)), weight), TRITON.linear(q, weight)[1, 1])
-    assert TRITON.linear(rows_of(q, slice(0, 0)), weight).shape == (0, 2, 33)
-    assert TRITON.linears(q, []) == []
+    want = ours(q, weight, onto)
+    assert torch.equal(ours(q, weight, strided), want)
+    assert torch.equal(ours(rows_of(q, (1, 1)), weight), ours(q, weight)[1, 1])
+    assert ours(rows_of(q, slice(0, 0)), weight).shape == (0, 2, 33)
+    assert ours_of_all(q, []) == []
 
 
 def test_a_weight_holds_little_more_than_its_bits() -> None:
@@ -334,10 +353,10 @@ def test_what_does_not_fit_is_refused_in_one_line() -> None:
     weight = prepacked(each, inputs)
     other = quantize(normal(2, TWO.size), Bands.of((4, TWO.size)))
     cases = [
-        (lambda: TRITON.linear(normal(2, 479), weight), "480 inputs cannot take an activation of 479"),
-        (lambda: TRITON.linear(other, weight), "give prepack the format"),
-        (lambda: accumulate(other, weight), "give prepack the format"),
-        (lambda: TRITON.linear(x, weight, normal(3, 33)), "cannot be added"),
+        (lambda: ours(normal(2, 479), weight), "480 inputs cannot take an activation of 479"),
+        (lambda: ours(other, weight), "give prepack the format"),
+        (lambda: sums(other, weight), "give prepack the format"),
+        (lambda: ours(x, weight, normal(3, 33)), "cannot be added"),
         (lambda: TRITON.prepack(packed(Bands.of((4, 400), (8, 80)), 3), inputs), "do not fit activation bands"),
     ]
     for call, said in cases:
