@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import torch
 from tests.conftest import run
 
 from resq.measure.gpu.bench import BlockPlan, bench_block
+from resq.measure.gpu.roofline import Ceilings
 from resq.measure.gpu.timer import CudaTimer, timer_on
 
 
@@ -21,13 +23,17 @@ def test_a_captured_run_repeats_what_it_was(name_of_card: str) -> None:
     assert float(counter) == before + 100
 
 
-def test_a_block_is_measured_between_nothing_and_the_ceilings(name_of_card: str) -> None:
-    """Beyond the ceilings would be a mistake in counting; a tiny block is far below them."""
-    report = bench_block(BlockPlan("llama-3.2-1b", prefill=(512,), batches=(4,), contexts=(256,), rounds=3))
-    assert report.card == name_of_card
-    for result in report.results:
-        assert 0 < result.tops < 1.1 * max(report.ceilings.int8, report.ceilings.bf16) / 1e12
-        assert 0 < result.terabytes < 1.1 * report.ceilings.copy / 1e12
+def test_every_contender_of_a_block_runs_by_calls_and_by_graphs(name_of_card: str) -> None:
+    plan = BlockPlan("llama-3.2-1b", prefill=(512,), batches=(4,), contexts=(256,), rounds=2)
+    for capture in (False, True):
+        report = bench_block(
+            replace(plan, capture_prefill=capture), ceilings=lambda _: Ceilings(1e15, 2e15, 1e15, 5e12)
+        )
+        assert report.card == name_of_card
+        assert len(report.results) == 2 * 4
+        assert all(result.median > 0 for result in report.results)
+    assert report.memory.weights_ratio <= 0.30
+    assert report.memory.cache_ratio <= 0.38
 
 
 def test_the_command_measures_on_the_card(name_of_card: str) -> None:

@@ -115,7 +115,7 @@ class TorchBlock:
         compiled: Callable[..., Any] | None = None,
     ) -> None:
         self.name = name
-        self.about = f"torch {torch.__version__}, SDPA{', compiled' if compiled else ''}"
+        self.about = f"torch {torch.__version__}{', compiled' if compiled else ''}"
         self.weight_bytes = weights[0].bytes
         self._shape, self._weights, self._timer, self._compiled = shape, weights, timer, compiled
 
