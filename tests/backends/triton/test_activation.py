@@ -227,9 +227,10 @@ def test_every_source_with_every_map(map: str, ranges: str) -> None:
 
 @pytest.mark.parametrize("map", ["none", "permutation", "hadamard", "dense", "per-head"])
 def test_the_input_of_a_map_may_be_rounded(map: str) -> None:
-    # The rounded input is the reference's own, so that nothing before the map can flip.
+    # The rounded input is the reference's own, so that nothing before the map can flip. Were one coordinate all that 8
+    # bits leave, a Hadamard map would make values of one size, and their zero point a tie.
     format = ActivationFormat(MAPS[map], Bands.of((4, 42), (8, 6)), map_input_bits=8)
-    check("gather_quantize", (rows(48),), format)
+    check("gather_quantize", (rows(48).clamp(max=20),), format)
 
 
 def test_norms_keep_float32_accuracy() -> None:

@@ -262,8 +262,8 @@ def _fits(turn: Turn) -> bool:
     return turn.inner == 1 and 1 < turn.order <= FUSED and turn.power >= 16 and padded <= TILE
 
 
-def _factored(source: Source, turn: Turn) -> Source:
-    """Source times I_power ⊗ F / sqrt(order) ⊗ I_inner."""
+def _factored(source: Source, turn: Turn, multiplier: float) -> Source:
+    """multiplier · source (I_power ⊗ F ⊗ I_inner)."""
     assert turn.factor is not None
     rows = source.x.shape[0]
     out = Target.floats(source.x).out
@@ -280,7 +280,7 @@ def _factored(source: Source, turn: Turn) -> Source:
             out.stride(0),
             rows * vectors,
             vectors,
-            turn.order**-0.5,
+            multiplier,
             num_warps=4,
             SOURCE=source.kind,
             ORDER=turn.order,
@@ -323,13 +323,13 @@ def _turned(source: Source, turn: Turn, ranges: Ranges | None, to: Target) -> Ta
     """Source and Hadamard map, rounded where there are ranges: one band, one group."""
     fits = _fits(turn)
     if turn.factor is not None and not fits:
-        source = _factored(source, turn)
+        source = _factored(source, turn, 1.0)
     if fits:
-        columns, block, multiplier = turn.order, max(16, _power_of_two(turn.order)), turn.size**-0.5
+        columns, block = turn.order, max(16, _power_of_two(turn.order))
         first, second = 1 << turn.power.bit_length() // 2, 1 << (turn.power.bit_length() - 1) // 2
         threads = turn.power * block // 32
     else:
-        columns, multiplier = turn.order * turn.inner, turn.power**-0.5
+        columns = turn.order * turn.inner
         block, threads = _blocks(turn.power, columns)
         first, second = _radices(turn.power)
     if source.x.shape[0]:
@@ -342,7 +342,7 @@ def _turned(source: Source, turn: Turn, ranges: Ranges | None, to: Target) -> Ta
             to.out.stride(0),
             to.scale,
             to.zero,
-            multiplier,
+            (turn.power * turn.order) ** -0.5,
             num_warps=max(1, min(16, threads // 32)),
             fuse=False,
             SOURCE=source.kind,
@@ -396,7 +396,7 @@ def _activate(source: Source, lead: torch.Size, format: ActivationFormat) -> Act
         source = _floats(source) if source.kind == NORM else source
         one = ranges is None or (len(ranges.tops) == 1 and ranges.groups == 1 and not ranges.half)
         if form.turn.power == 1:
-            source = _factored(source, form.turn) if form.turn.factor is not None else source
+            source = _factored(source, form.turn, form.turn.order**-0.5) if form.turn.factor is not None else source
         elif one:
             to = Target.floats(source.x) if rows is None else Target.of(rows)
             _turned(source, form.turn, ranges, to)
