@@ -182,44 +182,40 @@ def _constants(panels: tuple[Panel, ...], groups: int, longest: int) -> tuple[tu
 
 
 def _joined(weights: Sequence[PackedWeight]) -> PackedWeight | None:
-    """The one linear that holds the channels of all, in order; made at first and the weights become views of it. None
-    where they cannot be held together: their cuts differ, or some are parts of another."""
+    """The one linear that holds the channels of all, in order, made when they first meet. None where they cannot be
+    held together: their cuts differ, or some are parts of another."""
     first = weights[0]
     if len(weights) == 1:
         return first
-    if first.whole is None:
-        same = all((each.panels, each.inputs, each.groups) == (first.panels, first.inputs, first.groups)
-                   for each in weights)  # fmt: skip
-        if (
-            not same
-            or any(each.whole is not None for each in weights)
-            or len({id(each) for each in weights}) < len(weights)
-        ):
+    if all(each.whole is None for each in weights):
+        same = all(
+            (each.panels, each.inputs, each.groups) == (first.panels, first.inputs, first.groups) for each in weights
+        )
+        if not same or len({id(each) for each in weights}) < len(weights):
             return None
-        assert DEVICE.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run a step before capturing it"
-        biases = [each.bias for each in weights]
-        joined = None
-        if any(bias is not None for bias in biases):
-            parts = [each.sums.new_zeros(each.out, dtype=torch.float32) if each.bias is None else each.bias
-                     for each in weights]  # fmt: skip
-            joined = torch.cat(parts)
-        packed, sums = torch.cat([each.packed for each in weights]), torch.cat([each.sums for each in weights], dim=1)
-        scale = torch.cat([each.scale for each in weights], dim=1)
-        whole = PackedWeight(packed, sums, scale, joined, first.size, first.inputs, first.groups, first.panels)
-        at = 0
-        for each in weights:
-            part = slice(at, at + each.out)
-            at += each.out
-            each.whole, each.first = whole, part.start
-            each.packed, each.sums, each.scale = packed[part], sums[:, part], scale[:, part]
-            each.bias = None if each.bias is None or joined is None else joined[part]
-        return whole
+        _join(weights)
+    ends = [each.first + each.out for each in weights]
+    in_order = [each.first for each in weights] == [0, *ends[:-1]] and all(
+        each.whole is first.whole for each in weights
+    )
+    return first.whole if in_order and first.whole is not None and ends[-1] == first.whole.out else None
+
+
+def _join(weights: Sequence[PackedWeight]) -> None:
+    """Put the weights into one, whose views they become."""
+    assert DEVICE.type == "cpu" or not torch.cuda.is_current_stream_capturing(), "run a step before capturing it"
+    first = weights[0]
+    packed = torch.cat([each.packed for each in weights])
+    sums, scale = (torch.cat(parts, dim=1) for parts in ([w.sums for w in weights], [w.scale for w in weights]))
+    biases = [torch.zeros(each.out, device=DEVICE) if each.bias is None else each.bias for each in weights]
+    bias = None if all(each.bias is None for each in weights) else torch.cat(biases)
+    whole = PackedWeight(packed, sums, scale, bias, first.size, first.inputs, first.groups, first.panels)
     at = 0
     for each in weights:
-        if each.whole is not first.whole or each.first != at:
-            return None
-        at += each.out
-    return first.whole if at == first.whole.out else None
+        part, at = slice(at, at + each.out), at + each.out
+        each.whole, each.first = whole, part.start
+        each.packed, each.sums, each.scale = packed[part], sums[:, part], scale[:, part]
+        each.bias = None if each.bias is None or bias is None else bias[part]
 
 
 def linears(x: Activations, weights: Sequence[Weight], onto: Tensor | None = None) -> list[Tensor]:
