@@ -19,6 +19,7 @@ from resq.backends.reference import REFERENCE
 from resq.backends.triton import TRITON, attention
 from resq.backends.triton.cache import Cache
 from resq.backends.triton.configs import using
+from resq.backends.triton.kernels import attention as kernels
 from resq.errors import InputError
 from resq.numerics.bands import Bands
 from resq.numerics.formats import ActivationFormat, Norm
@@ -199,6 +200,62 @@ def test_a_step_that_reads_the_clock_is_the_step_that_is_told_the_length(name: s
     for mine, theirs in zip(clocked.read(), told.read(), strict=True):
         assert torch.equal(mine, theirs)
     assert clocked.storage() == at
+
+
+def halves(word: Tensor) -> list[Tensor]:
+    """The two bfloat16 of 32-bit words, int64 [n], as float64."""
+    return [((word >> shift & 0xFFFF) << 16).to(torch.int32).view(torch.float32).double() for shift in (0, 16)]
+
+
+def word(*parts: Tensor) -> Tensor:
+    """The inverse of `halves`, rounding."""
+    low, high = (part.to(torch.bfloat16).view(torch.int16).long() & 0xFFFF for part in parts)
+    return low | high << 16
+
+
+def executed(assembly: str, registers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the few instructions of our inline assembly do to 32-bit words, each int64 [n]."""
+    for line in assembly.replace("{", "").replace("}", "").split(";"):
+        operation, _, rest = line.strip().partition(" ")
+        if not operation or operation == ".reg":
+            continue
+        target, *names = (name.strip() for name in rest.split(","))
+        given = [registers[name] if name in registers else torch.tensor(int(name, 0)) for name in names]
+        match operation:
+            case "mov.b32":
+                made = given[0]
+            case "and.b32":
+                made = given[0] & given[1]
+            case "shr.u32":
+                made = given[0] >> given[1]
+            case "prmt.b32":
+                both = given[0] | given[1] << 32
+                picked = [int(given[2]) >> 4 * place & 7 for place in range(4)]
+                made = sum((both >> 8 * byte & 0xFF) << 8 * place for place, byte in enumerate(picked))
+            case "fma.rn.bf16x2":
+                made = word(*(a * b + c for a, b, c in zip(*map(halves, given), strict=True)))
+            case _:
+                raise AssertionError(f"no such instruction here: {operation}")
+        assert isinstance(made, Tensor)
+        registers[target] = made
+    return registers
+
+
+def test_inline_assembly_makes_the_integers_of_the_plain_path() -> None:
+    """Every byte with every zero point that its band can have, in each of a word's four places."""
+    byte, zero = (part.flatten() for part in torch.meshgrid(torch.arange(256), torch.arange(256), indexing="ij"))
+    packed = byte | (byte ^ 255) << 8 | (255 - byte) * 0x10000 | byte << 24
+    bytes = [byte, byte ^ 255, 255 - byte, byte]
+    away = word(-zero.double(), -zero.double())
+    made = executed(kernels.BYTES_ASM.value, {"$2": packed, "$3": away, "$4": away})
+    for values, want in zip([*halves(made["$0"]), *halves(made["$1"])], bytes, strict=True):
+        assert torch.equal(values, (want - zero).double())
+    low = zero < 16
+    away = word(*[-128.0 - zero.double()] * 2)
+    made = executed(kernels.NIBBLES_ASM.value, {"$4": packed, "$5": away, "$6": away})
+    for names, shift in ((("$0", "$1"), 0), (("$2", "$3"), 4)):
+        for values, want in zip([each for name in names for each in halves(made[name])], bytes, strict=True):
+            assert torch.equal(values[low], ((want >> shift & 15) - zero).double()[low])
 
 
 SMALL = heads_of(16, 4, 2)

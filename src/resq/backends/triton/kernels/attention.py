@@ -35,11 +35,12 @@ NIBBLES_ASM = tl.constexpr("""{
     fma.rn.bf16x2 $2, $2, one, $5;
     fma.rn.bf16x2 $3, $3, one, $6;
 }""")
-# The same of both nibbles of a byte, then 16 · high + low: every step is an integer of at most 8 bits.
+# The same of both nibbles of a byte, then 16 · high + low - zero: every step is an integer of at most 8 bits.
 BYTES_ASM = tl.constexpr("""{
-    .reg .b32 l, h, a, b, c, d, one, wide, away;
+    .reg .b32 l, h, a, b, c, d, one, wide, below, away;
     mov.b32 one, 0x3f803f80;
     mov.b32 wide, 0x41804180;
+    mov.b32 below, 0xc300c300;
     mov.b32 away, 0xc500c500;
     and.b32 l, $2, 0x0f0f0f0f;
     shr.u32 h, $2, 4;
@@ -48,12 +49,14 @@ BYTES_ASM = tl.constexpr("""{
     prmt.b32 b, l, 0x43434343, 0x4342;
     prmt.b32 c, h, 0x43434343, 0x4140;
     prmt.b32 d, h, 0x43434343, 0x4342;
-    fma.rn.bf16x2 a, a, one, $3;
-    fma.rn.bf16x2 b, b, one, $4;
+    fma.rn.bf16x2 a, a, one, below;
+    fma.rn.bf16x2 b, b, one, below;
     fma.rn.bf16x2 c, c, wide, away;
     fma.rn.bf16x2 d, d, wide, away;
-    fma.rn.bf16x2 $0, c, one, a;
-    fma.rn.bf16x2 $1, d, one, b;
+    fma.rn.bf16x2 c, c, one, a;
+    fma.rn.bf16x2 d, d, one, b;
+    fma.rn.bf16x2 $0, c, one, $3;
+    fma.rn.bf16x2 $1, d, one, $4;
 }""")
 
 
@@ -76,7 +79,7 @@ def nibble_values(byte, zero, ASM: tl.constexpr):
 def byte_values(byte, zero, ASM: tl.constexpr):
     """byte - zero as `nibble_values` has it."""
     if ASM:
-        away = (-128.0 - zero).to(tl.bfloat16)
+        away = (-zero).to(tl.bfloat16)
         value = tl.inline_asm_elementwise(
             BYTES_ASM, "=&r,=&r,r,r,r", [byte, away], dtype=tl.bfloat16, is_pure=True, pack=4
         )
