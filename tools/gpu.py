@@ -9,7 +9,7 @@ Each step runs in a process of its own with a time limit; what fails or does not
 and logs go to the folder that $OUT names, build/gpu without. Steps are in the order of their worth; others, in any
 order: RESQ_GPU_STEPS=tests,sweep. RESQ_GPU_SECONDS: for all of them, 520. RESQ_TRAIN=llama or qwen2 trains a reference
 model on the .jsonl files in the folder $RESQ_TEXT; it is written in parts of 15 MiB to be joined: cat llama.tar.*.
-RESQ_GPU_DRY=1 goes through everything, tiny, without a card.
+RESQ_COMMIT: what rows name where there is no git. RESQ_GPU_DRY=1 goes through everything, tiny, without a card.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from resq.measure.gpu.contenders import OurBlock, TorchBlock, copies_for, random
 from resq.measure.gpu.roofline import Ceilings, cache_bytes, least_seconds, steps, weight_bytes
 from resq.measure.gpu.timer import HostTimer, Run
 from resq.measure.gpu.torch_block import bf16_product, block, fastest_attention, fused, int8_product
-from resq.measure.rows import read_rows
+from resq.measure.rows import provenance, read_rows
 from resq.measure.shapes import shape_named
 from resq.measure.speed import Point, held_bytes
 from resq.measure.synthetic import one_layer
@@ -313,6 +313,13 @@ def test_rows_say_what_was_measured_beside_what_is_possible(tmp_path: Path) -> N
     held = sum(held_bytes(weight) for weight in layer.prepacked(CPU).linears.values())
     assert mine["memory"]["weights"] == held
     assert mine["memory"]["cache"] == cache_bytes(shape, Precision())
+
+
+def test_a_copy_of_the_tree_without_its_history_is_told_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")  # no git
+    assert provenance()["commit"] == "unknown"
+    monkeypatch.setenv("RESQ_COMMIT", "abc1234")
+    assert provenance()["commit"] == "abc1234"
 
 
 def test_ceilings_are_rates() -> None:

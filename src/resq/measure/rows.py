@@ -20,7 +20,8 @@ from resq.errors import InputError
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (with `+` when the tree has changes outside results/), versions, machine, threads and command."""
+    """Commit (with `+` when the tree has changes outside results/; without git what RESQ_COMMIT says), versions, machine,
+    threads and command."""
     return {
         "commit": _commit(),
         "resq": __version__,
@@ -94,7 +95,8 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        # A copy of the tree without its history: who copied it knows.
+        return os.environ.get("RESQ_COMMIT", "unknown")
     return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
