@@ -179,7 +179,8 @@ def _decode(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window
     kv_heads = cache.keys.planes[0].shape[1]
     share = heads // kv_heads
     rows = power_of_two(tokens * share, 8)
-    choice = chosen("decode", rows=rows, head=size)
+    places = [store.places for store in (cache.keys, cache.values) if store.places is not None]
+    choice = chosen("decode", rows=rows, head=size, bands=max(len(each.bits) for each in places))
     # By the capacity, so that a recorded step has the parts of any other; each takes its share of what is stored.
     most = min(cache.capacity, cache.capacity if window is None else power_of_two(window + tokens, LEAST)) // LEAST
     parts = max(1, min(most, MOST_PARTS, -(-WAVES * target().multiprocessors // (batch * kv_heads))))
