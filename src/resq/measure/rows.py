@@ -20,8 +20,8 @@ from resq.errors import InputError
 
 
 def provenance() -> dict[str, Any]:
-    """Commit (with `+` when the tree has changes outside results/; without git what RESQ_COMMIT says), versions, machine,
-    threads and command."""
+    """Commit (with `+` when the tree has changes outside results/; without git what RESQ_COMMIT says), versions,
+    machine, threads and command."""
     return {
         "commit": _commit(),
         "resq": __version__,
