@@ -101,4 +101,4 @@ def test_other_heads_compile_and_the_tiles_of_a_step_run_in_registers(capability
         (128, 32, 8, 1, 512, None, True),
     )
     assert_in_registers([each for each in found if each["case"][4] == 1 and each["case"][0] <= 128], "rope_append")
-    assert_in_registers([each for each in found if each["case"][0] in (64, 128)], "merge", "dequantize")
+    assert_in_registers([each for each in found if each["case"][0] in (64, 128)], "decode", "merge", "dequantize")
