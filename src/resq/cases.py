@@ -18,11 +18,11 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
 from resq.api import DEFAULT_WINDOWS, chosen_recipe, quantize
+from resq.backends.backend import wait
 from resq.measure.ledger import Ledger, ledger
 from resq.measure.perplexity import Interval, Streamed, open_streamed, perplexity
 from resq.measure.rows import provenance, write_json
 from resq.measure.scores import Original, Scores, keep_states, score
-from resq.backends.backend import wait
 from resq.models import decoder
 from resq.models.decoder import Positions
 from resq.processes import memory

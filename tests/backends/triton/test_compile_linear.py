@@ -66,10 +66,13 @@ def compiled(cases: list[Case]) -> list[dict[str, Any]]:
 
 
 def holds(case: Case, made: dict[str, Any]) -> None:
-    """No register is spilled, shared memory suffices, and products are those of tensor cores on bytes."""
+    """No register is spilled where products are taken, and none at all but after the sums of a tile of 128 tokens;
+    shared memory suffices, and products are those of tensor cores on bytes."""
     capability, _, kind, *_ = case
-    spilled = made["stack"], made["spill_stores"], made["spill_loads"]
-    assert spilled == (0, 0, 0), case
+    assert made["loop_spills"] == 0, case
+    if made["constants"]["BM"] < 128:
+        spilled = made["stack"], made["spill_stores"], made["spill_loads"]
+        assert spilled == (0, 0, 0), case
     assert made["shared"] <= SHARED[capability], case
     counts = made["instructions"]
     if kind == "packed":

@@ -190,6 +190,15 @@ def test_a_row_has_its_bits_whatever_the_rows_beside_it() -> None:
         assert torch.equal(ours(rows_of(x, at), weight, onto[at]), every[at]), at
 
 
+def test_sums_that_wait_in_the_output_give_the_same_bits() -> None:
+    x, each, inputs = two_bands(20)
+    weight, onto = prepacked(each, inputs), normal(20, 33, seed=2)
+    with using("packed_linear", **SMALL, apart=True, split=1):
+        got = ours(x, weight, onto)
+    with using("packed_linear", **SMALL, split=1):
+        assert torch.equal(got, ours(x, weight, onto))
+
+
 def merged(x: Quantized, weight: PackedWeight, onto: Tensor | None = None) -> Tensor:
     with using("packed_linear", **SMALL, merge=True, split=1):
         return ours(x, weight, onto)

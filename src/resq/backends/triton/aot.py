@@ -39,8 +39,9 @@ INSTRUCTIONS = ("IGMMA", "IMMA", "HGMMA", "HMMA", "IDP", "LDL", "STL", "LDGSTS",
 @dataclass(frozen=True)
 class Compiled:
     """A kernel for one target. registers a thread; stack: bytes of local memory a thread; spills: bytes stored and
-    loaded again because registers ran out; shared: bytes a program; instructions: how many of each of `INSTRUCTIONS`;
-    constants: what it was specialized on."""
+    loaded again because registers ran out; loop_spills: accesses of local memory within loops that hold tensor-core
+    products; shared: bytes a program; instructions: how many of each of `INSTRUCTIONS`; constants: what it was
+    specialized on."""
 
     kernel: str
     capability: int
@@ -48,6 +49,7 @@ class Compiled:
     stack: int
     spill_stores: int
     spill_loads: int
+    loop_spills: int
     shared: int
     warps: int
     instructions: dict[str, int] = field(default_factory=dict)
@@ -101,11 +103,26 @@ def compiled(launch: Launch, capability: int) -> Compiled:
         found["STACK"],
         stores,
         loads,
+        _loop_spills(code),
         made.metadata.shared,
         launch.options["num_warps"],
         dict(counts),
         {name: value for name, value in launch.constants.items() if isinstance(value, int | str | float | tuple)},
     )
+
+
+def _loop_spills(code: str) -> int:
+    """Accesses of local memory between a label and a jump back to it, where tensor cores work in between."""
+    lines, labels, found = code.splitlines(), {}, set()
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = number
+        jump = re.search(r"\bBRA\b.*?(\.L_x_\d+)", line)
+        if jump and jump[1] in labels:
+            body = range(labels[jump[1]], number + 1)
+            if any(re.search(r"\b\w*MMA\b", lines[i]) for i in body):
+                found |= {i for i in body if re.search(r"\b(LDL|STL)\b", lines[i])}
+    return len(found)
 
 
 def _output(*command: object) -> str:
@@ -114,13 +131,20 @@ def _output(*command: object) -> str:
 
 def _spills(ptx: str, capability: int) -> tuple[int, int]:
     """Bytes of spill stores and loads that ptxas tells of."""
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    # Triton brings two; which one takes its PTX depends on Triton's version.
+    tools = [tool.path for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)]
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx, encoding="utf-8")
-        arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(file), "-o", f"{file}.o"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    pairs = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        for tool in tools:
+            command = [tool, "-v", f"--gpu-name={arch}", str(file), "-o", f"{file}.o"]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode == 0:
+                break
+        else:
+            raise RuntimeError(f"ptxas takes none of Triton's PTX for {arch}: {done.stderr.strip()}")
+    pairs = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
     return sum(int(stores) for stores, _ in pairs), sum(int(loads) for _, loads in pairs)
 
 

@@ -4,18 +4,10 @@ floats."""
 import triton
 import triton.language as tl
 
+from resq.backends.triton.kernels.common import loop_bound
+
 # Below every score, and finite, so that what has seen nothing has weight 0.
 NOTHING = tl.constexpr(-1.0e38)
-
-
-@triton.jit
-def loop_bound(count, ASM: tl.constexpr):
-    """The scalar as what `tl.range` takes: Triton 3.6's interpreter makes an int of an array of one, which numpy 2.4
-    refuses."""
-    if ASM:
-        return count
-    else:
-        return count.handle.data.item()
 
 
 # Four bytes to two times four bfloat16: 128 + n for 0 ≤ n < 128 has the bits of 128 with n below, so no integer is

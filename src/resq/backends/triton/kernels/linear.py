@@ -148,8 +148,8 @@ def packed_linear(
     w_ptr, sums_ptr, scale_ptr, bias_ptr, x_ptr, x_scale_ptr, x_zero_ptr, onto_ptr, out_ptr, work_ptr, ticket_ptr,
     rows, out, onto_out, ldw, ldv, ldx, ld_onto, ldo,
     BANDS: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, BLOCKS: tl.constexpr, SPLIT: tl.constexpr,
-    MERGE: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    WIDTH: tl.constexpr, STAGES: tl.constexpr,
+    MERGE: tl.constexpr, APART: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out = onto + bias + Σ_segments s_x s_w Σ (q_x - z_x) q_w; a segment is a group of a weight band.
 
@@ -159,8 +159,10 @@ def packed_linear(
     of the blocks of a row. With parts, work int32 [segments, rows, out] and ticket int32 [tiles] are zero before and
     after; the last part to come adds up the tile.
 
-    MERGE, for a band of nibbles and one of bytes: the second's sum becomes a number of 16ths of the first's unit and
-    one accumulator goes on; where that could leave int32 it waits in `out` as float32.
+    APART: while a band is summed, the sum of those before it waits in `out`, so that one accumulator needs registers:
+    the same operations in the same order. MERGE, for a band of nibbles and one of bytes: the second's sum becomes a
+    number of 16ths of the first's unit and one accumulator goes on; where that could leave int32 it waits in `out` as
+    float32.
     """
     m0, n0 = tile_of(tl.program_id(0), rows, out, BM, BN, WIDTH)
     w = w_ptr + n0.to(tl.int64) * ldw + (inside(n0, out, BN) - n0) * ldw
@@ -202,7 +204,7 @@ def packed_linear(
             for band in tl.static_range(len(BANDS)):
                 total = summed(
                     total, w, a, work_ptr, sums_ptr, scale_ptr, x_scale_ptr, x_zero_ptr, out_ptr, m0, n0, rows, out,
-                    ldv, BANDS, band, GROUPS, INPUTS, SPLIT, INTEGERS, ASM, STAGES, BM, BN,
+                    ldv, ldo, BANDS, band, GROUPS, INPUTS, SPLIT, APART, INTEGERS, ASM, STAGES, BM, BN,
                 )  # fmt: skip
             if SPLIT > 1:
                 tl.store(ticket_ptr + tl.program_id(0), 0)
@@ -230,12 +232,15 @@ def parts(w, a, work_ptr, m0, n0, rows, out, BANDS: tl.constexpr, INDEX: tl.cons
 
 
 @triton.jit
-def summed(total, w, a, work_ptr, sums_ptr, scale_ptr, x_scale_ptr, x_zero_ptr, out_ptr, m0, n0, rows, out, ldv,
+def summed(total, w, a, work_ptr, sums_ptr, scale_ptr, x_scale_ptr, x_zero_ptr, out_ptr, m0, n0, rows, out, ldv, ldo,
            BANDS: tl.constexpr, INDEX: tl.constexpr, GROUPS: tl.constexpr, INPUTS: tl.constexpr, SPLIT: tl.constexpr,
-           INTEGERS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr,
+           APART: tl.constexpr, INTEGERS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr, BM: tl.constexpr,
            BN: tl.constexpr):  # fmt: skip
     """total plus a band's segments, whose sums are read from `work` (and zeroed there) where rows were split."""
     BAND: tl.constexpr = BANDS[INDEX]
+    if APART and INDEX > 0:
+        at, here = places(out_ptr, m0, n0, rows, out, ldo, BM, BN)
+        tl.store(at, total, mask=here)
     for group in range(0, GROUPS):
         if SPLIT > 1:
             at, here = places(work_ptr + (BAND[10] + group) * (rows * out), m0, n0, rows, out, out, BM, BN)
@@ -246,6 +251,11 @@ def summed(total, w, a, work_ptr, sums_ptr, scale_ptr, x_scale_ptr, x_zero_ptr, 
         else:
             acc = products(tl.zeros([BN, BM], tl.int32), w, a, 0, BAND[5], group, BAND, ASM, STAGES)
         acc = centred(acc, sums_ptr, x_zero_ptr, m0, n0, rows, out, ldv, group, BAND, INPUTS, GROUPS, BM, BN)
+        if APART and INDEX > 0:
+            # Another thread may have stored what this one loads.
+            tl.debug_barrier()
+            at, here = places(out_ptr, m0, n0, rows, out, ldo, BM, BN)
+            total = tl.load(at, mask=here, other=0.0)
         if INTEGERS:
             if BAND[6]:
                 acc = acc >> 4
