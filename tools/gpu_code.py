@@ -1,7 +1,8 @@
 """Compile every kernel of a decoder block for cards that are not here, and write results/gpu-code.jsonl anew.
 
 A row per kernel and specialization: registers, spills, local and shared memory, tensor-core instructions. What is
-compiled is what would be launched for the shape on that card.
+compiled is what would be launched for the shape on that card. And a row per shape: bytes held of weights and of a token's
+keys and values, beside bfloat16.
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ def compiled(shape: Shape, layer: Layer, capability: int) -> Iterator[dict[str, 
             yield {"batch": batch, "tokens": tokens, **asdict(each)}
 
 
+def memory(shape: Shape, layer: Layer) -> dict[str, Any]:
+    """Bytes of a prepacked block and of a token of its cache, and the same in bfloat16."""
+    cache: Any = TRITON.cache(layer.heads)
+    cache.reserve(1, shape.kv_heads, shape.head_dim, 1)
+    cache.advance(1)
+    return {
+        "weights": sum(weight.nbytes for weight in layer.linears.values()),
+        "weights_16bit": sum(2 * out * size for out, size in shape.sizes().values()),
+        "kv": cache.nbytes(),
+        "kv_16bit": 4 * shape.kv_heads * shape.head_dim,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", nargs="*", default=SHAPES)
@@ -55,6 +69,7 @@ def main() -> None:
         shape, layer = one_layer(shape_named(name), recipe_named("resq"))
         with torch.inference_mode():
             layer = layer.prepacked(TRITON)
+        found.append({"kind": "gpu-memory", "shape": name, "head_dim": shape.head_dim, **memory(shape, layer)})
         for capability in given.capabilities:
             rows = [{"kind": "gpu-code", "shape": name, **row} for row in compiled(shape, layer, capability)]
             found += rows
