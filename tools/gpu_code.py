@@ -1,8 +1,8 @@
 """Compile every kernel of a decoder block for cards that are not here, and write results/gpu-code.jsonl anew.
 
 A row per kernel and specialization: registers, spills, local and shared memory, tensor-core instructions. What is
-compiled is what would be launched for the shape on that card. And a row per shape: bytes held of weights and of a token's
-keys and values, beside bfloat16.
+compiled is what would be launched for the shape on that card. And a row per shape: bytes held of weights and of a
+token's keys and values, beside bfloat16.
 """
 
 from __future__ import annotations

@@ -284,7 +284,59 @@ def operators() -> list[str]:
     return [*table(header, lines), "", made_on(ours)]
 
 
+def gpu_rows(kind: str) -> list[Row]:
+    """What kernels became for cards that are not here, or what they hold."""
+    return [row for row in read_rows(ROOT / "results" / "gpu-code.jsonl") if row["kind"] == kind]
+
+
+def kernel_of(row: Row) -> str:
+    """A kernel and the tile it was compiled for."""
+    sizes = row["constants"]
+    tile = f", {sizes['BM']} tokens × {sizes['BN']} channels" if "BM" in sizes and "BN" in sizes else ""
+    split = ", rows split" if sizes.get("SPLIT", 1) > 1 else ""
+    return f"{row['kernel']}{tile}{split}, {row['warps']} warps"
+
+
+def gpu_code() -> list[str]:
+    """Registers a thread and bytes of spills, the most of a kernel over all shapes and calls."""
+    rows = gpu_rows("gpu-code")
+    cards = sorted({row["capability"] for row in rows})
+    lines = []
+    for name in sorted({kernel_of(row) for row in rows}):
+        line = [name]
+        for card in cards:
+            found = [row for row in rows if kernel_of(row) == name and row["capability"] == card]
+            if not found:
+                line.append("")
+                continue
+            spilled = max(row["spill_stores"] + row["spill_loads"] for row in found)
+            inside = sum(row["loop_spills"] for row in found)
+            cell = f"{max(row['registers'] for row in found)}" + (f", {spilled} B" if spilled else "")
+            line.append(cell + (" in the loop" if inside else ""))
+        lines.append(line)
+    shapes = ", ".join(dict.fromkeys(row["shape"] for row in rows))
+    return [*table(["kernel", *(f"sm_{card}" for card in cards)], lines), "", f"Blocks of {shapes}.", made_on(rows)]
+
+
+def gpu_memory() -> list[str]:
+    """Bytes of a block's weights and of a token's keys and values beside bfloat16."""
+    rows = gpu_rows("gpu-memory")
+    lines = [
+        [
+            row["shape"],
+            str(row["head_dim"]),
+            f"{row['weights'] / 1e6:.1f} MB (× {row['weights'] / row['weights_16bit']:.3f})",
+            f"{row['kv']} (× {row['kv'] / row['kv_16bit']:.3f})",
+        ]
+        for row in rows
+    ]
+    header = ["one block of", "head", "weights (of bfloat16's)", "bytes of a token's keys and values (of bfloat16's)"]
+    return [*table(header, lines), "", made_on(rows)]
+
+
 TABLES = {
+    "gpu_code": gpu_code,
+    "gpu_memory": gpu_memory,
     "overview": overview,
     "accuracy": accuracy,
     "order": order,

@@ -563,7 +563,7 @@ def demo(
 ) -> None:
     """Every recipe on the tiny model that comes with the package: quantize, evaluate, compare, generate.
 
-    Takes about four minutes on two cores. Model and text are on this machine already.
+    Takes about three minutes on two cores. Model and text are on this machine already.
     """
     from resq import demo as run
     from resq.compare import ROW

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from resq.backends.triton.configs import chosen
+from resq.backends.triton.configs import chosen, listed
 from resq.errors import InputError
 from resq.measure.gpu import sweep as module
 from resq.measure.gpu.sweep import (
@@ -98,13 +98,12 @@ def test_proposals_are_the_fastest_of_each_range() -> None:
 
     timings = [timing(64, 2, 1, 3.0), timing(64, 2, 2, 2.0), timing(64, 1, 3, 1.0), timing(16, 2, 4, 1.0)]
     timings += [timing(16, 2, 5, None), timing(512, 2, 6, 9.0)]
-    last = {"use": chosen(KERNEL, rows=10**9, groups=1, bands=9)}
     assert proposals(timings) == [
-        {"when": {"rows": 16, "bands": 2}, "use": {"tokens": 4}},
-        {"when": {"rows": 64, "bands": 1}, "use": {"tokens": 3}},
-        {"when": {"rows": 64, "bands": 2}, "use": {"tokens": 2}},
-        {"when": {"bands": 2}, "use": {"tokens": 6}},
-        last,
+        {"when": {"rows": 16, "bands": 2, "groups": 1}, "use": {"tokens": 4}},
+        {"when": {"rows": 64, "bands": 1, "groups": 1}, "use": {"tokens": 3}},
+        {"when": {"rows": 64, "bands": 2, "groups": 1}, "use": {"tokens": 2}},
+        {"when": {"bands": 2, "groups": 1}, "use": {"tokens": 6}},
+        *listed(KERNEL),
     ]
     assert proposals([timing(1, 1, 1, None)]) == [last]
 

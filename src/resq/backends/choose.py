@@ -72,7 +72,10 @@ def backend_named(name: str | Backend | None = None) -> Backend:
     else:
         chosen = preferred() if name is None else _known(name)
     if reason := chosen.unusable():
-        raise BackendUnavailable(
-            f"backend {chosen.name} cannot be used here: {reason}; backend {REFERENCE.name} runs everywhere, slowly"
+        other = (
+            f"{CPU.name} can"
+            if chosen is TRITON and CPU.unusable() is None
+            else f"{REFERENCE.name} runs everywhere, slowly"
         )
+        raise BackendUnavailable(f"backend {chosen.name} cannot be used here: {reason}; backend {other}")
     return chosen

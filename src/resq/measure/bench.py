@@ -12,6 +12,8 @@ import torch
 
 from resq.backends.backend import Backend
 from resq.backends.choose import backend_named
+from resq.backends.cpu import CPU
+from resq.backends.triton import TRITON
 from resq.errors import InputError, nearest
 from resq.measure import rows
 from resq.measure.peers.choose import PEERS, check_peer, peer_named
@@ -89,6 +91,10 @@ def check(plan: Plan) -> Config:
     """The configuration of what is measured. Raises InputError for a plan that cannot be run; nothing is built."""
     if (plan.checkpoint is None) == (plan.shape is None):
         raise InputError("give a packed checkpoint or --shape, one of them")
+    if plan.backend == TRITON.name:
+        raise InputError(
+            "backend triton is timed by --device cuda --shape …, a block of a model; whole models on the CPU"
+        )
     with_head(recipe_named(plan.recipe), plan.head_bits)
     for what, values in (("--prefill", plan.prefill), ("--batch", plan.batches), ("--context", (plan.context,))):
         if any(value < 1 for value in values):
@@ -126,7 +132,7 @@ def with_head(recipe: Recipe, head_bits: float) -> Recipe:
 
 def bench(plan: Plan, *, progress: Progress = silent) -> Report:
     """Run the plan. Raises InputError for what cannot be run, BackendUnavailable without kernels."""
-    config, backend = check(plan), backend_named(plan.backend)
+    config, backend = check(plan), backend_named(plan.backend or CPU.name)
     before = torch.get_num_threads()
     torch.set_num_threads(plan.threads or before)
     try:

@@ -131,21 +131,19 @@ def _output(*command: object) -> str:
 
 def _spills(ptx: str, capability: int) -> tuple[int, int]:
     """Bytes of spill stores and loads that ptxas tells of."""
-    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
-    # Triton brings two; which one takes its PTX depends on Triton's version.
-    tools = [tool.path for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell)]
+    arch, said = f"sm_{capability}{'a' if capability >= 90 else ''}", ""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.ptx"
         file.write_text(ptx, encoding="utf-8")
-        for tool in tools:
-            command = [tool, "-v", f"--gpu-name={arch}", str(file), "-o", f"{file}.o"]
+        # Triton brings two; which one takes its PTX depends on Triton's version.
+        for tool in (knobs.nvidia.ptxas, knobs.nvidia.ptxas_blackwell):
+            command = [tool.path, "-v", f"--gpu-name={arch}", str(file), "-o", f"{file}.o"]
             done = subprocess.run(command, capture_output=True, text=True)
+            said = done.stderr
             if done.returncode == 0:
-                break
-        else:
-            raise RuntimeError(f"ptxas takes none of Triton's PTX for {arch}: {done.stderr.strip()}")
-    pairs = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
-    return sum(int(stores) for stores, _ in pairs), sum(int(loads) for _, loads in pairs)
+                pairs = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+                return sum(int(stores) for stores, _ in pairs), sum(int(loads) for _, loads in pairs)
+    raise RuntimeError(f"ptxas does not take Triton's PTX for {arch}: {said.strip()}")
 
 
 @contextmanager

@@ -27,12 +27,17 @@ def _table(capability: int) -> dict[str, list[dict[str, dict[str, Any]]]]:
     return table | json.loads(own.read_text(encoding="utf-8")) if own.is_file() else table
 
 
+def listed(kernel: str) -> list[dict[str, dict[str, Any]]]:
+    """The current target's entries for `kernel`, first match first."""
+    return _table(target().capability)[kernel]
+
+
 def chosen(kernel: str, **facts: int) -> dict[str, Any]:
     """What `kernel` uses on the current target for these facts, 0 for one not given.
     `chosen("dense_tiles", rows=16)["tokens"]`."""
     found = next(
         entry["use"]
-        for entry in _table(target().capability)[kernel]
+        for entry in listed(kernel)
         if all(facts.get(fact, 0) <= most for fact, most in entry.get("when", {}).items())
     )
     return found | _forced[kernel] if kernel in _forced else found

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from resq.backends.triton import TRITON
-from resq.backends.triton.configs import chosen, using
+from resq.backends.triton.configs import chosen, listed, using
 from resq.backends.triton.rows import Rows, rows_of
 from resq.errors import InputError
 from resq.measure.gpu.contenders import copies_for
@@ -192,8 +192,8 @@ def _timed(timing: Timing, run: Run, plain: Sequence[Tensor], timer: Timer, copi
 
 
 def proposals(timings: Iterable[Timing]) -> list[dict[str, Any]]:
-    """Entries for backends/triton/configs: the fastest choice for each number of rows and bands. The most rows timed
-    stand for more, and where there are more bands the default's last choice holds."""
+    """Entries for backends/triton/configs: the fastest choice for each number of rows and bands, one range a token. The
+    most rows timed stand for more; what was not timed follows as it is."""
     best: dict[tuple[int, int], Timing] = {}
     for timing in timings:
         known = best.get((timing.rows, timing.bands))
@@ -203,5 +203,5 @@ def proposals(timings: Iterable[Timing]) -> list[dict[str, Any]]:
     entries = []
     for (rows, bands), timing in sorted(best.items(), key=lambda item: item[0]):
         limit = {} if rows == most else {"rows": rows}
-        entries.append({"when": limit | {"bands": bands}, "use": timing.use})
-    return [*entries, {"use": chosen(KERNEL, rows=2**31, groups=2**31, bands=2**31)}]
+        entries.append({"when": limit | {"bands": bands, "groups": 1}, "use": timing.use})
+    return [*entries, *listed(KERNEL)]
