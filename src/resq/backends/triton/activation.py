@@ -8,8 +8,6 @@ float32 tensors too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
 
@@ -21,10 +19,11 @@ from resq.backends.kept import Kept
 from resq.backends.triton.device import DEVICE, target
 from resq.backends.triton.kernels.activation import quantize_rows
 from resq.backends.triton.kernels.hadamard import factor_rows, turn_rows
-from resq.backends.triton.launch import launch
+from resq.backends.triton.launch import launch, power_of_two
 from resq.backends.triton.rows import OFFSET, Rows
 from resq.errors import InputError
 from resq.numerics.bands import Bands
+from resq.numerics.device import full_float32
 from resq.numerics.formats import ActivationFormat, Norm
 from resq.numerics.hadamard import matrix, plan, unscaled_factor
 from resq.numerics.maps import Dense, Hadamard, PerHead, Permutation
@@ -200,11 +199,6 @@ class Target:
         return cls(torch.empty(like.shape, dtype=torch.float32, device=like.device), kind)
 
 
-def _power_of_two(n: int) -> int:
-    """The smallest power of two that is at least n."""
-    return 1 << (n - 1).bit_length()
-
-
 def _warps(values: int, each: int) -> int:
     """Warps for so many values with `each` to twice that of them a thread, 16 at most."""
     return 1 << max(0, min(4, (values // (32 * each)).bit_length() - 1))
@@ -213,8 +207,8 @@ def _warps(values: int, each: int) -> int:
 def _rows(source: Source, index: Tensor | None, ranges: Ranges, to: Target) -> Target:
     """Source, permutation and rounding in one pass."""
     rows, n = source.x.shape
-    blocks = tuple(_power_of_two(step) for step in ranges.steps)
-    groups = _power_of_two(ranges.groups)
+    blocks = tuple(power_of_two(step) for step in ranges.steps)
+    groups = power_of_two(ranges.groups)
     if rows:
         launch(
             quantize_rows,
@@ -258,7 +252,7 @@ def _floats(source: Source) -> Source:
 
 def _fits(turn: Turn) -> bool:
     """Whether one program applies the dense factor and turns the row."""
-    padded = turn.power * max(16, _power_of_two(turn.order))
+    padded = turn.power * max(16, power_of_two(turn.order))
     return turn.inner == 1 and 1 < turn.order <= FUSED and turn.power >= 16 and padded <= TILE
 
 
@@ -312,7 +306,7 @@ def _blocks(power: int, columns: int) -> tuple[int, int]:
         first, second = _radices(power)
         return max(32, min(512, block * (min(first, second) if second > 1 else 1), power * block // 8))
 
-    whole = _power_of_two(columns)
+    whole = power_of_two(columns)
     sizes = [1 << bit for bit in range(whole.bit_length()) if 1 << bit >= 16 or 1 << bit == whole]
     most = LARGER_TILES.get(target().capability, TILE) // power
     best = min([size for size in sizes if size <= most], key=cost)
@@ -325,7 +319,7 @@ def _turned(source: Source, turn: Turn, ranges: Ranges | None, to: Target) -> Ta
     if turn.factor is not None and not fits:
         source = _factored(source, turn, 1.0)
     if fits:
-        columns, block = turn.order, max(16, _power_of_two(turn.order))
+        columns, block = turn.order, max(16, power_of_two(turn.order))
         first, second = 1 << turn.power.bit_length() // 2, 1 << (turn.power.bit_length() - 1) // 2
         threads = turn.power * block // 32
     else:
@@ -362,22 +356,10 @@ def _turned(source: Source, turn: Turn, ranges: Ranges | None, to: Target) -> Ta
     return to
 
 
-@contextmanager
-def _full_precision() -> Iterator[None]:
-    """Inside, torch multiplies float32 matrices on a card in float32."""
-    settings = torch.backends.cuda.matmul
-    before = settings.fp32_precision
-    settings.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
-
-
 def _multiplied(source: Source, matrix: Tensor) -> Source:
     """Source times a block diagonal matrix [heads, h, h]."""
     x = source.x.unflatten(1, matrix.shape[:2]).transpose(0, 1)
-    with _full_precision():
+    with full_float32():
         return Source(PLAIN, torch.matmul(x, matrix).transpose(0, 1).flatten(1))
 
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from resq.backends.kept import Kept
-from resq.backends.triton.cache import Cache, Store, power_of_two
+from resq.backends.triton.cache import Cache, Store
 from resq.backends.triton.configs import chosen
 from resq.backends.triton.device import DEVICE, target
 from resq.backends.triton.kernels.attention import decode, merge
 from resq.backends.triton.kernels.rope import rope_append
-from resq.backends.triton.launch import launch
+from resq.backends.triton.launch import launch, power_of_two
 from resq.errors import InputError
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resq.backends.triton.device import DEVICE, target
 from resq.backends.triton.kernels.attention import dequantize
-from resq.backends.triton.launch import launch
+from resq.backends.triton.launch import launch, power_of_two
 from resq.errors import InputError
 from resq.numerics.bands import Bands
 from resq.numerics.formats import ActivationFormat, HeadFormats
@@ -60,11 +60,6 @@ class Places:
         values = {"BITS": self.bits, "FIRST": self.first, "SIZE": self.size, "AT": self.at, "PART": self.parts}
         widths = {"NIBBLES": self.nibbles, "BYTES": self.bytes, "GROUP": self.group}
         return {prefix + name: value for name, value in (values | widths).items()}
-
-
-def power_of_two(count: int, least: int) -> int:
-    """The smallest power of two that is neither below `count` nor below `least`."""
-    return max(least, 1 << (count - 1).bit_length())
 
 
 class Store:

@@ -42,6 +42,11 @@ def launch(
         kernel[tuple(grid)](*arguments, **constants, **options)
 
 
+def power_of_two(count: int, least: int = 1) -> int:
+    """The smallest power of two that is neither below `count` nor below `least`: what a tile's sides are."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
 @contextmanager
 def caught(catch: Callable[[Launch], None]) -> Iterator[None]:
     """Inside, launches go to `catch` and nothing runs."""

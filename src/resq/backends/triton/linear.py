@@ -16,7 +16,7 @@ from resq.backends.triton.configs import chosen
 from resq.backends.triton.device import DEVICE, target
 from resq.backends.triton.kernels.dense import dense_rows, dense_tiles
 from resq.backends.triton.kernels.linear import float_linear, packed_linear
-from resq.backends.triton.launch import launch
+from resq.backends.triton.launch import launch, power_of_two
 from resq.backends.triton.rows import Rows, rows_of
 from resq.errors import InputError
 from resq.numerics.affine import Quantized
@@ -394,7 +394,7 @@ def _dense(x: Tensor, weight: DenseWeight, onto: Tensor | None) -> Tensor:
     arguments = weight.weight, weight.bias, x, onto, out, rows, weight.out, weight.size, *strides
     common: dict[str, Any] = {"BN": use["channels"], "BK": block, "ASM": target().assembly, "num_warps": use["warps"]}
     if few:
-        launch(dense_rows, (across,), *arguments, BM=1 << (rows - 1).bit_length(), **common)
+        launch(dense_rows, (across,), *arguments, BM=power_of_two(rows), **common)
         return out
     tokens, stages = use["tokens"], use["stages"]
     common |= {"BM": tokens, "WIDTH": use["width"], "STAGES": stages, "num_stages": stages}
