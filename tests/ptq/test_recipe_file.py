@@ -366,7 +366,7 @@ def test_ablations_are_listed_under_their_own_heading() -> None:
 
 
 # Where a recipe may be called by its name: their pages, and what is told, offered or run by default.
-NAMED = ("ptq/recipes.py", "ptq/ablations.py", "cli.py", "demo.py", "report/")
+NAMED = ("ptq/recipes.py", "ptq/ablations.py", "cli/", "demo.py", "report/")
 # Words with a meaning of their own: the package, its format, a rounding.
 ALSO_WORDS = {"resq", "gptq"}
 

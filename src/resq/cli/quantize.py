@@ -1,0 +1,119 @@
+"""Making packed checkpoints, and what they can be made by."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resq import show
+from resq.cli.app import (
+    RECIPE_NAMES,
+    HeadBitsOption,
+    JsonOption,
+    RoundingWindowsOption,
+    WindowsOption,
+    app,
+)
+from resq.embedded import MODEL
+from resq.errors import InputError
+from resq.show import bars
+
+
+@app.command()
+def quantize(
+    out_dir: Annotated[Path, typer.Option("--out", help="New directory for the packed checkpoint.")],
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hugging Face checkpoint: a directory, a hub id, or `tiny`, which comes with resq.",
+            show_default="tiny where --calibration is left out too",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help=f"Method: {', '.join(RECIPE_NAMES)}, or a .toml or .json file. `resq recipes` says what they do.",
+            autocompletion=lambda: list(RECIPE_NAMES),
+        ),
+    ] = "resq",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text, .jsonl with `text` or `messages`, or `stdlib`, the sources of Python's library. May be "
+            "repeated.",
+            show_default="none, for tiny stdlib",
+        ),
+    ] = None,
+    windows: WindowsOption = 128,
+    rounding_windows: RoundingWindowsOption = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens per window.", show_default="2048 or the context")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.", show_default="the recipe's, 4")
+    ] = None,
+    head_bits: HeadBitsOption = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied lm_head a matrix of its own.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**63 - 1, help="Seed of rotations and of the choice of windows.")
+    ] = 0,
+    device: Annotated[str, typer.Option(help="What computes: cpu, or cuda for an NVIDIA card.")] = "cpu",
+    json_output: JsonOption = False,
+) -> None:
+    """Quantize a checkpoint and write it packed.
+
+    For example: `resq quantize path/to/llama --calibration wiki.train.raw --out llama-resq`
+    """
+    from resq.api import quantize as run
+
+    if source is None:
+        if calibration:
+            raise InputError(f"no source was given; name a checkpoint directory, a hub id or {MODEL}")
+        source = MODEL
+    with bars() as progress:
+        result = run(
+            source,
+            out_dir,
+            recipe=recipe,
+            calibration=calibration or [],
+            windows=windows,
+            rounding_windows=rounding_windows,
+            window_length=window_length,
+            bits=bits,
+            head_bits=head_bits,
+            untie=untie,
+            seed=seed,
+            device=device,
+            progress=progress,
+        )
+    if json_output:
+        rows = [asdict(report) for report in result.linears]
+        print(json.dumps({"checkpoint": str(result.directory), "seconds": result.seconds, "linears": rows}))
+        return
+    show.quantized(result)
+
+
+@app.command()
+def recipes(
+    ablations: Annotated[
+        bool, typer.Option("--ablations", help="The recipes with single choices undone or added, too.")
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """The methods that --recipe takes beside .toml and .json files, and what each rounds to how many bits."""
+    from resq.ptq.ablations import ABLATIONS
+    from resq.ptq.recipes import RECIPES
+
+    found = {"recipes": RECIPES, **({"ablations": ABLATIONS} if ablations else {})}
+    if json_output:
+        told = {
+            kind: [{**recipe.describe(), "about": recipe.about} for recipe in each.values()]
+            for kind, each in found.items()
+        }
+        print(json.dumps(told))
+        return
+    show.listed(*(list(each.values()) for each in found.values()))
