@@ -193,10 +193,11 @@ def test_a_row_has_its_bits_whatever_the_rows_beside_it() -> None:
 def test_sums_that_wait_in_the_output_give_the_same_bits() -> None:
     x, each, inputs = two_bands(20)
     weight, onto = prepacked(each, inputs), normal(20, 33, seed=2)
-    with using("packed_linear", **SMALL, apart=True, split=1):
-        got = ours(x, weight, onto)
     with using("packed_linear", **SMALL, split=1):
-        assert torch.equal(got, ours(x, weight, onto))
+        want = ours(x, weight, onto)
+    for split in (1, 2):
+        with using("packed_linear", **SMALL, apart=True, split=split):
+            assert torch.equal(ours(x, weight, onto), want)
 
 
 def merged(x: Quantized, weight: PackedWeight, onto: Tensor | None = None) -> Tensor:
