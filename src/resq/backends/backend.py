@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,6 +91,10 @@ class Backend:
     cache(formats) -> an empty LayerCache.
     prepack(linear, inputs=PLAIN) -> the weight in this backend's own layout, made once at load; inputs is the format of
         the activations that it will meet.
+    together(weights): at load, these prepacked weights will share every input; None where that changes nothing.
+    accumulate(x, weight) -> the exact part of a linear: Σ (q_x - z_x) q_w of every (weight band, group), integers [rows,
+        segments, out], of quantized activations and a prepacked weight. None where there are no integers.
+    kernels() -> what the operators are, in words: an instruction set, a card.
     record(step) -> a function that repeats `step`, which reads and writes the same tensors each time, at less cost (a
         CUDA graph); its result is overwritten by the next call. None where there is nothing to gain; caches are
         `ReplayedCache`s otherwise.
@@ -108,6 +112,9 @@ class Backend:
     gather_quantize: Callable[[Tensor, ActivationFormat], Activations]
     act_hadamard_quantize: Callable[[Tensor, Tensor, ActivationFormat], Activations]
     cache: Callable[[HeadFormats], LayerCache]
+    together: Callable[[Sequence[Any]], None] | None = None
+    accumulate: Callable[[Quantized, Any], Tensor] | None = None
+    kernels: Callable[[], str] = lambda: "torch"
     record: Callable[[Callable[[], Tensor]], Callable[[], Tensor]] | None = None
 
     def linear(self, x: Activations, weight: Any, onto: Tensor | None = None) -> Tensor:

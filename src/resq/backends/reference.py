@@ -90,6 +90,11 @@ def accumulate(x: Quantized, w: UnpackedLinear) -> list[tuple[Tensor, Tensor, Te
     return parts
 
 
+def integer_sums(x: Quantized, w: UnpackedLinear) -> Tensor:
+    """The sums of `accumulate` as int64 [rows, segments, out]: segments are weight bands, each with its groups."""
+    return torch.stack([sums.flatten(0, -2) for sums, _, _ in accumulate(x, w)], dim=1).to(torch.int64)
+
+
 def _quantized_linear(x: Quantized, w: UnpackedLinear) -> Tensor:
     """y = Σ_bands s_x s_w Σ (q_x - z_x) q_w + b in float64, returned as float32."""
     total: Tensor | None = None
@@ -340,6 +345,7 @@ def _operators(
         gather_quantize=gather_quantize,
         act_hadamard_quantize=act_hadamard_quantize,
         cache=cache,
+        accumulate=integer_sums if packed else None,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from resq.errors import CheckpointError, InputError
 from resq.models import decoder
 from resq.models.architecture import Shape, architecture_for
 from resq.models.decoder import Ends, Layer, Positions
+from resq.numerics.device import changed
 from resq.runtime.load import Opened
 
 
@@ -44,19 +45,6 @@ class ResQConfig(QuantizationConfigMixin):
         self.format_version, self.manifest = format_version, manifest
         for key, value in extra.items():
             setattr(self, key, value)
-
-
-def with_tensors(data: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """The same nested dataclasses, dicts and tuples with every tensor replaced by `move(tensor)`."""
-    if isinstance(data, Tensor):
-        return move(data)
-    if isinstance(data, dict):
-        return {key: with_tensors(value, move) for key, value in data.items()}
-    if isinstance(data, tuple):
-        return tuple(with_tensors(value, move) for value in data)
-    if is_dataclass(data) and not isinstance(data, type):
-        return replace(data, **{f.name: with_tensors(getattr(data, f.name), move) for f in fields(data)})
-    return data
 
 
 @dataclass
@@ -200,7 +188,7 @@ class _Held(nn.Module):
             self.register_buffer(f"tensor_{len(self._buffers)}", tensor, persistent=False)
             return tensor
 
-        return with_tensors(data, register)
+        return changed(data, register)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Held:
         """Refuse other devices and ignore dtype changes: integers, scales and maps are exact as stored, and lie where

@@ -111,11 +111,11 @@ def logit_rows(model: Streamed, ends: Ends, states: Tensor) -> Iterator[tuple[sl
     rows = max(1, LOGIT_BYTES // (4 * model.shape.vocab))
     for at in range(0, len(states), rows):
         cut = slice(at, min(at + rows, len(states)))
-        yield cut, decoder.logits(model.ops, ends, states[None, cut])[0].float()
+        yield cut, decoder.logits(model.ops, ends, states[None, cut].to(model.ops.device))[0].float()
 
 
 def _losses(model: Streamed, ends: Ends, hidden: Tensor, tokens: Tensor) -> Tensor:
-    targets = tokens[:, 1:].reshape(-1).to(hidden.device)
+    targets = tokens[:, 1:].reshape(-1).to(model.ops.device)
     parts = [
         F.cross_entropy(logits, targets[cut], reduction="none")
         for cut, logits in logit_rows(model, ends, hidden[:, :-1].flatten(0, 1))

@@ -135,7 +135,7 @@ def _against(
     model: Streamed, ends: Ends, states: Tensor, tokens: Tensor, original: tuple[Original, slice] | None
 ) -> Scores:
     """Scores of some windows: states [b, length - 1, d], tokens int64 [b, length]."""
-    targets, size = tokens[:, 1:].reshape(-1).to(states.device), tokens[:, 1:].shape
+    targets, size = tokens[:, 1:].reshape(-1).to(model.ops.device), tokens[:, 1:].shape
     blocks = logit_rows(model, ends, states.flatten(0, 1))
     if original is None:
         losses = [F.cross_entropy(logits, targets[cut], reduction="none") for cut, logits in blocks]

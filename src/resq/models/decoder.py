@@ -36,6 +36,9 @@ class Layer:
         """The same layer with every linear in the backend's own layout."""
         points = {role: point for point, roles in READERS.items() for role in roles}
         linears = {role: ops.prepack(linear, self.inputs[points[role]]) for role, linear in self.linears.items()}
+        if ops.together is not None:
+            for roles in READERS.values():
+                ops.together([linears[role] for role in roles])
         return replace(self, linears=linears)
 
 

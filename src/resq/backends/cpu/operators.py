@@ -319,4 +319,6 @@ CPU = Backend(
     gather_quantize=gather_quantize,
     act_hadamard_quantize=act_hadamard_quantize,
     cache=Cache,
+    accumulate=accumulate,
+    kernels=lambda: module().active(),
 )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from resq.backends.backend import Backend
-from resq.backends.triton.device import DEVICE, unusable
+from resq.backends.triton.device import DEVICE, card, unusable
 from resq.backends.triton.graph import record
 
 
@@ -38,5 +38,8 @@ TRITON = Backend(
     gather_quantize=_late("activation", "gather_quantize"),
     act_hadamard_quantize=_late("activation", "act_hadamard_quantize"),
     cache=_late("cache", "Cache"),
+    together=_late("linear", "together"),
+    accumulate=_late("linear", "accumulate"),
+    kernels=lambda: card() or "Triton's interpreter",
     record=record,
 )

@@ -218,6 +218,13 @@ def _join(weights: Sequence[PackedWeight]) -> None:
         each.bias = None if each.bias is None or bias is None else bias[part]
 
 
+def together(weights: Sequence[Weight]) -> None:
+    """Hold weights that will share every input as one, where their cuts let it."""
+    packed = [weight for weight in weights if isinstance(weight, PackedWeight)]
+    if 1 < len(packed) == len(weights):
+        _joined(packed)
+
+
 def linears(x: Activations, weights: Sequence[Weight], onto: Tensor | None = None) -> list[Tensor]:
     """x [b, t, in] times every weight, float32 [b, t, out] each, views of one tensor; the first is added to onto
     [b, t, out] where given."""

@@ -26,6 +26,7 @@ from resq.models import decoder
 from resq.models.architecture import Role, Site
 from resq.models.decoder import Ends, Layer, Positions
 from resq.models.source import Source
+from resq.numerics.device import moved
 from resq.numerics.linear import DenseLinear, PackedLinear
 from resq.progress import Progress, silent
 from resq.ptq.placement import Placement
@@ -166,14 +167,17 @@ def attribute(
     and checkpoint do not belong together, before the first forward where that shows.
     """
     check_windows(source, windows)
-    shape, ops, exact = source.shape, backend_named(backend), dense(torch.float32)
+    shape, ops = source.shape, backend_named(backend)
+    device = ops.device
+    exact = dense(torch.float32, device)
     if checkpoint.shape != shape:
         raise InputError(f"{checkpoint.path} is not a quantized {source.name}: their config.json differ")
     placement = replace(placement, precision=replace(placement.precision, rotation_bits=None))
     packed_ends, tied = checkpoint.ends(), checkpoint.manifest.ends.tied
     placed_ends = placement.ends(source.ends(), keep_tied=tied)
     check_table(packed_ends, placed_ends)
-    at = Positions.following(shape, 0, 1, windows.shape[1])
+    placed_ends = moved(placed_ends, device)
+    at = Positions.following(shape, 0, 1, windows.shape[1], device=device)
     residual = placement.map_at(Site.RESIDUAL)
 
     def turned(hidden: list[Tensor]) -> list[Tensor]:
@@ -181,8 +185,8 @@ def attribute(
             return list(hidden)
         return [residual.apply(states.to(torch.float64)).to(torch.float32) for states in hidden]
 
-    base = embedded_windows(source, windows)
-    stored = [F.embedding(window[None], packed_ends.embed).to(torch.float32) for window in windows]
+    base = [states.to(device) for states in embedded_windows(source, windows)]
+    stored = [F.embedding(window[None], packed_ends.embed).to(device, torch.float32) for window in windows]
     whole = _Stream("whole", lambda layers, index: layers.whole, stored)
     ends = _Stream("ends", lambda layers, index: layers.exact, stored)
     parts = [_Stream(kind, _only_kind(kind), turned(base)) for kind in kinds_of(checkpoint.manifest)]
@@ -195,7 +199,7 @@ def attribute(
         check_basis(packed, placed, index)
         kinds = variants(packed, placed)
         layers = _Variants(
-            (exact, without_bands(placed)),
+            (exact, moved(without_bands(placed), device)),
             (ops, packed.prepacked(ops)),
             {name: (ops, layer.prepacked(ops)) for name, layer in kinds.items()},
         )
@@ -205,7 +209,7 @@ def attribute(
             stream.hidden = [decoder.forward_layer(run, shape, layer, states, at) for states in stream.hidden]
             done += 1
             progress("attributing the error", done, total)
-        plain = in_dtype(original, torch.float32)
+        plain = in_dtype(moved(original, device), torch.float32)
         base = [decoder.forward_layer(exact, shape, plain, states, at) for states in base]
         done += 1
         progress("attributing the error", done, total)
@@ -214,7 +218,7 @@ def attribute(
     rounded_ends = (ops, packed_ends.prepacked(ops))
     exact_ends = (exact, replace(placed_ends, head=DenseLinear(placed_ends.head.weight.to(torch.float32))))
     found = divergences(
-        (exact, source.ends(), base),
+        (exact, moved(source.ends(), device), base),
         [
             *((*exact_ends, stream.hidden) for stream in parts),
             (*rounded_ends, ends.hidden),
@@ -264,11 +268,11 @@ def divergences(
     for number, window in enumerate(windows):
         for start in range(0, len(window) - 1, rows):
             cut = slice(start, min(start + rows, len(window) - 1))
-            target, expected = window[1:][cut], _logits(base, number, cut)
+            target, expected = window[1:][cut].to(base[1].embed.device), _logits(base, number, cut)
             for index, model in enumerate(models):
                 loss, kl, _ = compare(expected, _logits(model, number, cut) if index else expected, target)
-                losses[index, number] += loss.sum()
-                kls[index, number] += kl.sum()
+                losses[index, number] += float(loss.sum())
+                kls[index, number] += float(kl.sum())
         progress("comparing the logits", number + 1, len(windows))
     losses, kls = losses / (windows.shape[1] - 1), kls / (windows.shape[1] - 1)
     return Divergences(losses[0], list(zip(losses[1:], kls[1:], strict=True)))
