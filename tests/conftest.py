@@ -87,6 +87,9 @@ class Kept:
     def add_layer(self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts) -> None:
         self.layers.append(parts)
 
+    def add_golden(self, vectors: Mapping[str, Any]) -> None:
+        """What a checkpoint records of its own integers."""
+
 
 def byte_tokenizer(directory: Path, *, chat: bool = False) -> None:
     """Write a tokenizer with one token per byte (3 … 258) and <pad>, <s>, </s> as 0, 1, 2."""

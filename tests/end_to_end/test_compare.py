@@ -72,7 +72,7 @@ def test_the_directory_holds_what_was_measured(checkpoint: Callable[..., Path], 
         assert row.kl.low < row.kl.mean < row.kl.high
         assert row.agreement.mean == pytest.approx(float(tensors["agreement"].float().mean()))
         assert row.ledger is not None
-        assert row.bytes == sum(f.stat().st_size for f in found.checkpoint(row.case).glob("*.safetensors"))
+        assert row.bytes == sum(f.stat().st_size for f in found.checkpoint(row.case).glob("model-*.safetensors"))
         assert row.peak_bytes is not None
         assert row.start_bytes is not None
         assert row.peak_bytes > row.start_bytes > 50e6

@@ -153,6 +153,7 @@ def quantized(source: Path, out: Path, recipe: Recipe, text: Path, device: str, 
 def contents(directory: Path) -> dict[str, Any]:
     """Every file's bytes; of the manifest what does not name the time and the device."""
     files: dict[str, Any] = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.*")}
+    del files["SHA256SUMS.txt"]  # it has the manifest's hash
     manifest = json.loads(files.pop("resq.json"))
     del manifest["made_by"]["time"]
     if manifest["calibration"]:

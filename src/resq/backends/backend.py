@@ -92,8 +92,8 @@ class Backend:
     prepack(linear, inputs=PLAIN) -> the weight in this backend's own layout, made once at load; inputs is the format of
         the activations that it will meet.
     together(weights): at load, these prepacked weights will share every input; None where that changes nothing.
-    accumulate(x, weight) -> the exact part of a linear: Σ (q_x - z_x) q_w of every (weight band, group), integers [rows,
-        segments, out], of quantized activations and a prepacked weight. None where there are no integers.
+    accumulate(x, weight) -> the exact part of a linear: Σ (q_x - z_x) q_w of every (weight band, group) of quantized
+        activations and a prepacked weight, integers [rows, segments, out]. None where there are no integers.
     kernels() -> what the operators are, in words: an instruction set, a card.
     record(step) -> a function that repeats `step`, which reads and writes the same tensors each time, at less cost (a
         CUDA graph); its result is overwritten by the next call. None where there is nothing to gain; caches are

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from resq.checkpoint.golden import GOLDEN_FILE, Golden, to_tensors
 from resq.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
@@ -40,6 +42,8 @@ from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 
 ENDS_FILE = "model-ends.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+# What `sha256sum -c` reads: every other file, also those that the manifest cannot name, itself and the index.
+SUMS_FILE = "SHA256SUMS.txt"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
@@ -156,6 +160,7 @@ class CheckpointWriter:
         self._files: dict[str, FileEntry] = {}
         self._layers: dict[int, LayerEntry] = {}
         self._ends: EndsEntry | None = None
+        self._golden: dict[str, Golden] = {}
         self._closed = False
 
     def __enter__(self) -> CheckpointWriter:
@@ -167,7 +172,7 @@ class CheckpointWriter:
         if not self._closed:
             shutil.rmtree(self._work, ignore_errors=True)
 
-    def _save(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+    def _save(self, file: str, tensors: Mapping[str, Tensor]) -> FileEntry:
         path = self._work / file
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
@@ -176,7 +181,10 @@ class CheckpointWriter:
             digest = _sync_and_hash(path)
         except (OSError, SafetensorError) as error:
             raise _write_error(self.out, error) from error
-        self._files[file] = FileEntry(bytes=path.stat().st_size, sha256=digest)
+        return FileEntry(bytes=path.stat().st_size, sha256=digest)
+
+    def _save_weights(self, file: str, tensors: Mapping[str, Tensor]) -> None:
+        self._files[file] = self._save(file, tensors)
         self._weight_map.update(dict.fromkeys(tensors, file))
         self._tensor_bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
@@ -196,7 +204,7 @@ class CheckpointWriter:
             key_norm=tensors.head_norm(f"{prefix}.key_norm", parts.heads.key_norm),
             window=parts.window,
         )
-        self._save(file, tensors.named)
+        self._save_weights(file, tensors.named)
 
     def add_ends(self, names: Mapping[str, str], parts: EndParts) -> None:
         """Write embedding, final norm and head; `names` has `embed`, `norm` and `head`."""
@@ -213,7 +221,11 @@ class CheckpointWriter:
         )
         # transformers without `import resq` only warns about an unknown method and would run random weights; a final
         # norm of the wrong shape makes it stop.
-        self._save(ENDS_FILE, {**tensors.named, f"{names['norm']}.weight": torch.zeros(0)})
+        self._save_weights(ENDS_FILE, {**tensors.named, f"{names['norm']}.weight": torch.zeros(0)})
+
+    def add_golden(self, vectors: Mapping[str, Golden]) -> None:
+        """Keep the golden vectors of linears, by the linears' names, for the one file that `close` writes."""
+        self._golden |= vectors
 
     def add_text(self, name: str, text: str) -> None:
         """Write a small UTF-8 file."""
@@ -240,6 +252,7 @@ class CheckpointWriter:
         manifest's remaining fields."""
         assert self._ends is not None
         assert sorted(self._layers) == list(range(len(self._layers)))
+        golden = self._save(GOLDEN_FILE, to_tensors(self._golden)) if self._golden else None
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             **header,
@@ -247,13 +260,16 @@ class CheckpointWriter:
             layers=[self._layers[index] for index in sorted(self._layers)],
             files=dict(sorted(self._files.items())),
             copied=dict(sorted(self._copied.items())),
+            golden=golden,
         )
         index = {"metadata": {"total_size": self._tensor_bytes}, "weight_map": dict(sorted(self._weight_map.items()))}
         self.add_text(INDEX_FILE, json.dumps(index, indent=1) + "\n")
         self.add_text(MANIFEST_FILE, manifest.to_json())
+        entries = self._files | self._copied | ({} if golden is None else {GOLDEN_FILE: golden})
+        self.add_text(SUMS_FILE, "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(entries.items())))
         try:
             for path in self._work.rglob("*"):
-                if path.name not in self._files:
+                if path.name not in (*self._files, GOLDEN_FILE):
                     _sync(path)
             _sync(self._work)
             check_free(self.out)
@@ -275,6 +291,11 @@ def _sync(path: Path) -> None:
 
 def _sync_and_hash(path: Path) -> str:
     _sync(path)
+    return sha256_of(path)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file, lower-case hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -285,8 +306,26 @@ def _write_error(out: Path, error: Exception) -> InputError:
     return InputError(f"writing {out} failed: {reason}, nothing was kept")
 
 
+def read_sums(directory: Path) -> dict[str, str] | None:
+    """SHA256SUMS.txt as {file name: hash}, None where there is none (checkpoints of before it). Raises CheckpointError
+    when it is no such list."""
+    file = directory / SUMS_FILE
+    if not file.is_file():
+        return None
+    try:
+        *lines, last = file.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is no list of hashes ({error}); copy the checkpoint again") from error
+    found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines]
+    sums = {match[2]: match[1] for match in found if match}
+    if last or len(sums) != len(lines):
+        raise CheckpointError(f"{file} is no list of hashes and names; copy the checkpoint again")
+    return sums
+
+
 class CheckpointReader:
-    """State: an opened checkpoint directory. Every file is checked against its recorded size and hash when read.
+    """State: an opened checkpoint directory. Every file is checked against its recorded size and hash before it is
+    read for the first time.
 
     Raises CheckpointError naming the file or tensor that is missing, truncated or altered.
     """
@@ -294,24 +333,33 @@ class CheckpointReader:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.manifest: Manifest = read_manifest(directory)
+        golden = {} if self.manifest.golden is None else {GOLDEN_FILE: self.manifest.golden}
+        self.recorded: Mapping[str, FileEntry] = self.manifest.files | golden | self.manifest.copied
+        self._checked: set[str] = set()
 
-    def _read(self, file: str) -> dict[str, Tensor]:
-        path = self.directory / file
-        want = self.manifest.files.get(file)
+    def check(self, file: str) -> None:
+        """Raises CheckpointError when a file that the manifest names is missing or not as it was written."""
+        if file in self._checked:
+            return
+        path, want = self.directory / file, self.recorded.get(file)
         if want is None or not path.is_file():
             raise CheckpointError(f"{path} is missing; copy the checkpoint again")
         size = path.stat().st_size
         if size != want.bytes:
             raise CheckpointError(f"{path} has {size} bytes, {want.bytes} were written; copy the checkpoint again")
         try:
-            with open(path, "rb") as stream:
-                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = sha256_of(path)
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}; check its permissions") from error
         if digest != want.sha256:
             raise CheckpointError(
                 f"{path} was altered after it was written (sha256 differs); copy the checkpoint again"
             )
+        self._checked.add(file)
+
+    def _read(self, file: str) -> dict[str, Tensor]:
+        self.check(file)
+        path = self.directory / file
         try:
             # Tensors lie in the mapped file: memory holds what is touched, and gives it back under pressure.
             return load_file(path)
@@ -347,6 +395,10 @@ class CheckpointReader:
             )
         head = read.linear(entry.head)
         return EndParts(embed, read.norm(entry.norm), read.format("head_input", entry.head_input), head, entry.tied)
+
+    def golden(self) -> dict[str, Tensor]:
+        """The tensors of the golden vectors, for `golden.from_tensors`; none where none were recorded."""
+        return {} if self.manifest.golden is None else self._read(GOLDEN_FILE)
 
 
 class _Entries:

@@ -25,6 +25,7 @@ from resq.numerics.maps import Dense, LinearMap
 from resq.numerics.moments import MomentSum
 from resq.progress import Progress
 from resq.ptq.clipping import ClipSearch
+from resq.ptq.golden import golden_of, golden_of_layer
 from resq.ptq.placement import Placement
 from resq.ptq.precision import Precision, names_of
 from resq.ptq.recipe import At, Fitted, InputMoments, Moments, Recipe, Setting
@@ -107,24 +108,28 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
 
     placed = placement.ends(moved(source.ends(), job.device), keep_tied=job.keep_tied)
-    stored = moved(store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied), CPU)
+    rounded = store_ends(placed, source, recipe.precision, keep_tied=job.keep_tied)
+    head, stored = golden_of(rounded.head, rounded.head_input), moved(rounded, CPU)
     writer.add_ends(_end_names(source), stored)
+    writer.add_golden({} if head is None else {_end_names(source)["head"]: head})
     tokens = job.tokens[: job.rounding_windows] if recipe.needs_windows else job.tokens[:0]
     # The table as it will be read: already rounded to 16 bit.
     hidden = [stored.embed[window[None]].to(job.device, ops.dtype) for window in tokens]
     seen = tokens.to(job.device) if recipe.corrects else []
     exact = [placed.embed[window[None]].to(ops.dtype) for window in seen]
-    del placed, stored
+    del placed, rounded, stored
 
     names = _layer_names(source)
     reports = []
     progress("rounding", 0, shape.layers * len(Role))
     for index in range(shape.layers):
         layer = placement.layer(moved(source.layer(index), job.device), index)
-        packed = moved(round_layer(shape, layer, recipe, hidden, exact, reports, index, progress), CPU)
+        rounded = round_layer(shape, layer, recipe, hidden, exact, reports, index, progress)
+        writer.add_golden(golden_of_layer(rounded, source.layer_prefix(index), names))
+        packed = moved(rounded, CPU)
         parts = Parts({**packed.linears}, {**packed.norms}, {**packed.inputs}, packed.heads, packed.window)
         writer.add_layer(index, shape.layers, source.layer_prefix(index), names, parts)
-        del layer, packed, parts
+        del layer, rounded, packed, parts
     return Outcome(reports, notes)
 
 
