@@ -6,7 +6,18 @@ from itertools import pairwise
 import pytest
 import torch
 
-from resq.numerics.moments import LEAF_WINDOWS, MomentSum, eigenbasis, second_moment
+from resq.errors import InputError
+from resq.numerics.moments import (
+    LEAF_WINDOWS,
+    MOST_LEAVES,
+    LeafSums,
+    Leaves,
+    MomentSum,
+    Tree,
+    eigenbasis,
+    second_moment,
+    subtrees,
+)
 
 COUNTS = (1, 7, 8, 9, 16, 24, 40, 61, 64, 100)
 
@@ -91,7 +102,7 @@ def test_the_number_of_held_matrices_is_logarithmic() -> None:
     total = MomentSum()
     for count in range(1, 300):
         total.add_moment(torch.ones(1, 1, dtype=torch.float64), 1)
-        assert len(total._nodes) == (count // LEAF_WINDOWS).bit_count()
+        assert len(total.tree.nodes) == (count // LEAF_WINDOWS).bit_count()
     assert float(total.total()) == 299.0
 
 
@@ -170,6 +181,49 @@ def test_merged_sums_share_no_memory() -> None:
 def test_the_second_moment_is_taken_in_float64() -> None:
     x = torch.tensor([[1.0, 2.0**-13], [0.0, 1.0]], dtype=torch.float32)
     assert second_moment(x).tolist() == [[1.0, 2.0**-13], [2.0**-13, 1.0 + 2.0**-26]]
+
+
+# The statistics' tree.
+
+
+def leaf_tree(data: list[torch.Tensor], leaves: Leaves, first: int, stop: int) -> Tree:
+    """The tree of a run of leaves, of two tensors for each window as of two layers."""
+    start, end = leaves.span(first, stop)
+    sums = LeafSums(leaves.size)
+    for scale in (1.0, 3.0):
+        for number, window in enumerate(data[start:end]):
+            sums.add(number, scale * window)
+    return sums.tree(first)
+
+
+@pytest.mark.parametrize("count", [1, 8, 9, 29, 61, 128, 129, 300])
+def test_shards_of_leaves_joined_in_any_order_give_the_bits_of_one_run(count: int) -> None:
+    data, leaves = windows(count), Leaves(count)
+    whole = leaf_tree(data, leaves, 0, leaves.count)
+    assert leaves.count <= MOST_LEAVES
+    for of in range(1, leaves.count + 1):
+        shards = [leaves.shard(number, of) for number in range(1, of + 1)]
+        assert [first for first, _ in shards] == [0, *(stop for _, stop in shards[:-1])]
+        assert shards[-1][1] == leaves.count
+        trees = [leaf_tree(data, leaves, *shard) for shard in shards]
+        assert [[(node.first, node.stop) for node in tree.nodes] for tree in trees] == [
+            subtrees(*run) for run in shards
+        ]
+        # All from the left, and the later ones among themselves first.
+        for cut in range(of):
+            later, merged = Tree(), Tree()
+            for node in (node for tree in trees[cut:] for node in tree.nodes):
+                later.push(node)
+            for node in (node for tree in (*trees[:cut], later) for node in tree.nodes):
+                merged.push(node)
+            assert torch.equal(merged.total(), whole.total())
+            assert [(node.first, node.stop) for node in merged.nodes] == subtrees(0, leaves.count)
+
+
+@pytest.mark.parametrize(("number", "of", "words"), [(0, 2, "0/2"), (3, 2, "3/2"), (1, 5, "at most 4"), (1, 0, "1/0")])
+def test_a_shard_that_the_tree_does_not_have_is_refused(number: int, of: int, words: str) -> None:
+    with pytest.raises(InputError, match=rf"--shard.*{words}"):
+        Leaves(29).shard(number, of)
 
 
 # Eigenbases.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from resq.models.decoder import Layer, Positions
 from resq.models.source import Source
 from resq.numerics.device import moved
 from resq.numerics.linear import DenseLinear
-from resq.numerics.moments import MomentSum
+from resq.numerics.moments import LeafSums, Leaves, Tree
 from resq.progress import Progress
 from resq.ptq.placement import fold_norms
 from resq.ptq.recipe import Moments, Peaks, Statistic
@@ -39,27 +39,61 @@ def check_finite(hidden: Sequence[Tensor], layer: int) -> None:
         raise InputError(f"layer {layer} gives NaN or Inf on the calibration text; check the source model")
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What pass 1 leaves of a run of windows: a tree of float64 sums by name (`residual`, `value.3`, `key.3` of layer
+    3), and the peaks of every layer."""
+
+    trees: dict[str, Tree]
+    peaks: list[Peaks] | None = None
+
+    def moments(self, tokens: int) -> Moments:
+        """What the bases are fitted on, of so many tokens."""
+        totals = {name: tree.total() for name, tree in self.trees.items()}
+
+        def layers(kind: Statistic) -> list[Tensor] | None:
+            return [total for name, total in totals.items() if name.startswith(f"{kind}.")] or None
+
+        return Moments(
+            tokens, totals.get(Statistic.RESIDUAL), layers(Statistic.VALUE), layers(Statistic.KEY), self.peaks
+        )
+
+
 def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Statistic], progress: Progress) -> Moments:
     """Moments over windows tokens int64 [windows, length], one layer of the source in memory at a time.
 
     Computed, and left, on the device of `ops`. Windows are run one by one, so that no sum depends on a batch size.
     """
-    shape, count = source.shape, tokens.shape[0]
+    leaves = Leaves(len(tokens))
+    return gather(source, ops, tokens, needs, leaves, 0, progress).moments(tokens.numel())
+
+
+def gather(
+    source: Source,
+    ops: Backend,
+    tokens: Tensor,
+    needs: frozenset[Statistic],
+    leaves: Leaves,
+    first_leaf: int,
+    progress: Progress,
+) -> Sums:
+    """The sums over one run of whole leaves, whose windows tokens int64 [windows, length] are; `leaves` are those of
+    all windows."""
+    shape, count = source.shape, len(tokens)
     if not needs:
-        return Moments(tokens.numel())
+        return Sums({})
     table = source.embedding()
     hidden = [F.embedding(window[None], table).to(ops.device, ops.dtype) for window in tokens]
     del table
     at = Positions.following(shape, 0, 1, tokens.shape[1], device=ops.device)
-    residual: Tensor | None = None
-    values: list[Tensor] = []
-    keys: list[Tensor] = []
+    residual_sum = LeafSums(leaves.size)
+    trees: dict[str, Tree] = {}
     peaks: list[Peaks] = []
     for index in range(shape.layers):
         plain = moved(source.layer(index), ops.device)
         layer = in_dtype(fold_norms(plain), ops.dtype)
         largest = Largest() if Statistic.PEAKS in needs else None
-        attn_sum, mlp_sum, value_sum, key_sum = (MomentSum() for _ in range(4))
+        value_sum, key_sum = LeafSums(leaves.size), LeafSums(leaves.size)
         for number in range(count):
             x = decoder.attention_input(ops, layer, hidden[number])
             cache = ops.cache(layer.heads)
@@ -68,12 +102,12 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
             m = decoder.mlp_input(ops, layer, middle)
             keys_seen, values_seen = cache.read()
             if Statistic.RESIDUAL in needs:
-                attn_sum.add(x[0])
-                mlp_sum.add(m[0])
+                residual_sum.add(number, x[0])
+                residual_sum.add(number, m[0])
             if Statistic.VALUE in needs:
-                value_sum.add(values_seen[0])
+                value_sum.add(number, values_seen[0])
             if Statistic.KEY in needs:
-                key_sum.add(keys_seen[0].flatten(0, 1))
+                key_sum.add(number, keys_seen[0].flatten(0, 1))
             inner = decoder.mlp_hidden(ops, layer, m)
             if largest is not None:
                 largest.add({Point.ATTN_IN: x, Point.O_IN: out, Point.MLP_IN: m, Point.DOWN_IN: inner})
@@ -83,23 +117,16 @@ def collect(source: Source, ops: Backend, tokens: Tensor, needs: frozenset[Stati
             hidden[number] = middle + ops.linear(inner, layer.linears[Role.DOWN])
             progress("collecting moments", index * count + number + 1, shape.layers * count)
         check_finite(hidden, index)
-        if Statistic.RESIDUAL in needs:
-            both = attn_sum.total() + mlp_sum.total()
-            residual = both if residual is None else residual + both
         if Statistic.VALUE in needs:
-            values.append(value_sum.total())
+            trees[f"{Statistic.VALUE}.{index}"] = value_sum.tree(first_leaf)
         if Statistic.KEY in needs:
-            keys.append(key_sum.total())
+            trees[f"{Statistic.KEY}.{index}"] = key_sum.tree(first_leaf)
         if largest is not None:
             peaks.append(largest.of(plain))
         del plain, layer
-    return Moments(
-        tokens.numel(),
-        residual,
-        values if Statistic.VALUE in needs else None,
-        keys if Statistic.KEY in needs else None,
-        peaks if Statistic.PEAKS in needs else None,
-    )
+    if Statistic.RESIDUAL in needs:
+        trees[Statistic.RESIDUAL] = residual_sum.tree(first_leaf)
+    return Sums(trees, peaks if Statistic.PEAKS in needs else None)
 
 
 class Largest:
