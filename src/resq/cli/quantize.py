@@ -15,7 +15,6 @@ from resq.cli.app import (
     HeadBitsOption,
     JsonOption,
     RoundingWindowsOption,
-    WindowsOption,
     app,
 )
 from resq.embedded import MODEL
@@ -48,10 +47,21 @@ def quantize(
             show_default="none, for tiny stdlib",
         ),
     ] = None,
-    windows: WindowsOption = 128,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `resq calibrate` or `resq merge` for the bases, instead of a forward pass. Its windows are "
+            "used, --seed is for the rotations alone.",
+            show_default="collected here",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Calibration windows.", show_default="128 or those of --statistics")
+    ] = None,
     rounding_windows: RoundingWindowsOption = None,
     window_length: Annotated[
-        int | None, typer.Option(help="Tokens per window.", show_default="2048 or the context")
+        int | None,
+        typer.Option(help="Tokens per window.", show_default="2048 or the context, or those of --statistics"),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.", show_default="the recipe's, 4")
@@ -80,6 +90,7 @@ def quantize(
             out_dir,
             recipe=recipe,
             calibration=calibration or [],
+            statistics=statistics,
             windows=windows,
             rounding_windows=rounding_windows,
             window_length=window_length,

@@ -52,7 +52,8 @@ class LinearReport:
 @dataclass(frozen=True)
 class Job:
     """Everything that decides the integers beside the source: recipe, calibration windows, seed, and where it is all
-    computed."""
+    computed. moments: of the calibration windows, where they were collected before; the tokens then may be none when
+    neither rounding nor tuning looks at any."""
 
     recipe: Recipe
     tokens: Tensor
@@ -60,6 +61,7 @@ class Job:
     seed: int
     keep_tied: bool
     device: torch.device = CPU
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,11 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter, progress: Progr
     recipe, shape = job.recipe, source.shape
     check_sizes(recipe, shape)
     for basis in recipe.basis:
-        basis.check(shape, job.tokens.numel())
-    moments = collect(source, ops, job.tokens, recipe.needs, progress)
+        basis.check(shape, job.tokens.numel() if job.moments is None else job.moments.tokens)
+    if job.moments is None:
+        moments = collect(source, ops, job.tokens, recipe.needs, progress)
+    else:
+        moments = moved(job.moments, job.device)
     maps, notes = tuned_maps(source, job, moments, progress)
     placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
 
