@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PLAIN_DTYPES = {"U8": "u1", "I32": "<i4", "F16": "<f2", "F32": "<f4"}
+PLAIN_DTYPES = {"U8": "u1", "I32": "<i4", "I64": "<i8", "F16": "<f2", "F32": "<f4"}
 Tensors = dict[str, np.ndarray]
 Entry = dict[str, Any]
 Rounded = tuple[np.ndarray, np.ndarray, np.ndarray]  # q, scale, zero, each [tokens, n]
@@ -245,6 +245,20 @@ class Reader:
                 start = cut.stop
         return y
 
+    def replayed(self, form: Entry, entry: Entry, tensors: Tensors, golden: Tensors) -> np.ndarray:
+        """The exact sums of a linear's golden input, int64 [rows, segments, out]."""
+        name = f"input.{'+'.join(f'{bits}x{size}' for bits, size in form['bands'])}.{form['groups']}"
+        q, zero = (golden[f"{name}.{part}"].astype(np.int64) for part in ("q", "zero"))
+        sizes = [size // form["groups"] for _, size in form["bands"] for _ in range(form["groups"])]
+        x, weights = q - zero.reshape(len(q), -1).repeat(sizes, axis=1), integers_of(entry, tensors)
+        sums, start = [], 0
+        for _, size in entry["bands"]:
+            for _ in range(form["groups"]):
+                cut = slice(start, start + size // form["groups"])
+                sums.append(x[:, cut] @ weights[:, cut].T)
+                start = cut.stop
+        return np.stack(sums, axis=1)
+
     def norm(self, x: np.ndarray, entry: Entry, tensors: Tensors) -> np.ndarray:
         wide = x.astype(np.float64)
         y = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + entry["eps"])
@@ -400,6 +414,38 @@ def test_every_tensor_is_named_by_the_manifest_or_the_sentinel(directory: Path) 
             assert index["weight_map"][name] == file
             stem = re.sub(r"\.(qweight\.\d+|scale|bias|weight)$", "", name)
             assert f'"{name}"' in manifest or f'"{stem}"' in manifest or (name, tensor.size) == ("model.norm.weight", 0)
+
+
+def test_golden_vectors_are_what_the_document_says(directory: Path) -> None:
+    ours = Reader(directory)
+    points = {"attn_in": "qkv", "o_in": ["o"], "mlp_in": ["gate", "up"], "down_in": ["down"]}
+    ends = ours.manifest["ends"]
+    linears = [(ends["file"], ends["head_input"], ends["head"])]
+    for layer in ours.manifest["layers"]:
+        for point, roles in points.items():
+            linears += [(layer["file"], layer["inputs"][point], layer["linears"][role]) for role in roles]
+    linears = [(file, form, linear) for file, form, linear in linears if form["bands"] and linear["bands"]]
+    assert (ours.manifest["golden"] is None) == (not linears)
+    named = {linear["name"] for _, _, linear in linears}
+    golden = read_safetensors(directory / "golden.safetensors") if linears else {}
+    assert {name.rpartition(".")[0] for name in golden if not name.startswith("input.")} == named
+    for file, form, linear in linears:
+        sums = ours.replayed(form, linear, ours.tensors(file), golden)
+        channels, number = golden[f"{linear['name']}.channels"], np.arange(1, linear["shape"][0] + 1)
+        assert {0, linear["shape"][0] - 1} <= {*channels.tolist()}
+        assert len(channels) <= 8
+        assert np.array_equal(golden[f"{linear['name']}.sums"], sums[:, :, channels])
+        assert np.array_equal(golden[f"{linear['name']}.totals"], np.stack([sums.sum(-1), sums @ number], axis=-1))
+
+
+def test_the_list_of_hashes_is_what_the_document_says(directory: Path) -> None:
+    lines = (directory / "SHA256SUMS.txt").read_text("utf-8")
+    files = sorted(str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file())
+    files.remove("SHA256SUMS.txt")
+    assert [line[66:] for line in lines.splitlines()] == files
+    for file, line in zip(files, lines.splitlines(keepends=True), strict=True):
+        if file != "resq.json":  # a fixture changes that one
+            assert line == f"{hashlib.sha256((directory / file).read_bytes()).hexdigest()}  {file}\n"
 
 
 def test_the_examples_of_the_document_are_right() -> None:

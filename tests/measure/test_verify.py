@@ -21,7 +21,6 @@ from resq.backends.cpu import CPU
 from resq.backends.reference import REFERENCE
 from resq.backends.triton import TRITON
 from resq.checkpoint.files import read_sums
-from resq.checkpoint.golden import from_tensors
 from resq.measure.verify import verify
 from resq.numerics.packing import pack_signed
 from resq.runtime.load import Opened
@@ -97,24 +96,6 @@ def test_triton_replays_the_same_integers(every: Callable[[str], Path]) -> None:
     report = verify(every("resq-paper"), backend=TRITON)
     assert report.problems == []
     assert len(report.linears.exact) == 15
-
-
-def test_the_recorded_sums_are_those_of_int64_arithmetic(every: Callable[[str], Path]) -> None:
-    opened = Opened(every("resq-paper"))
-    for role in ("o", "down"):
-        layer, entry = opened.layer(1), opened.manifest.layers[1].linears[role]
-        linear, format = layer.linears[role], layer.inputs[f"{role}_in"]  # pyright: ignore[reportArgumentType]
-        assert format.bands is not None
-        golden = from_tensors(opened.reader.golden(), entry.name, format.bands, format.groups)
-        weights, segment = linear.integers().to(torch.int64), 0
-        for index, cut in enumerate(linear.bands.slices()):
-            for group, columns in enumerate(torch.arange(cut.start, cut.stop).chunk(format.groups)):
-                x = golden.x.q[:, columns].to(torch.int64) - golden.x.zero[:, index, group, None].to(torch.int64)
-                sums = x @ weights[:, columns].T
-                assert torch.equal(golden.sums[:, segment], sums[:, golden.channels])
-                assert torch.equal(golden.totals[:, segment, 0], sums.sum(dim=-1))
-                segment += 1
-        assert segment == golden.sums.shape[1] == len(linear.bands) * format.groups
 
 
 NAMES = (
@@ -253,6 +234,18 @@ def test_a_checkpoint_of_before_is_read_and_says_what_was_not_checked(packed: Ca
     for name in ("resq.json", "model.safetensors.index.json", "integers of 15 linears"):
         assert f"not checked: {name}: " in done.stdout
     assert resq.load(directory, backend="reference")(torch.arange(3, 9)[None]).isfinite().all()
+
+
+def test_what_is_not_fetched_from_the_hub_is_no_mistake(
+    packed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = packed("resq")
+    (directory / "README.md").unlink()
+    assert [name for name, problem in verify(directory).files.items() if problem] == ["README.md"]
+    monkeypatch.setattr("resq.measure.verify.locate", lambda name: directory)
+    report = verify("someone/resq")
+    assert report.problems == []
+    assert report.unchecked == ["README.md: it is not fetched from the hub"]
 
 
 def test_an_altered_layer_leaves_the_others_checked(packed: Callable[[str], Path]) -> None:
