@@ -47,6 +47,7 @@ def quantize_rows(
     zero_ptr,
     n,
     eps,
+    eps_rest,
     SOURCE: tl.constexpr,
     OUT: tl.constexpr,
     STARTS: tl.constexpr,
@@ -65,8 +66,10 @@ def quantize_rows(
 
     STARTS, STEPS, BLOCKS, …: per band its first coordinate, the coordinates of a group, the next power of two, the
     largest integer, float32(1 / it), the clip, what is subtracted from a stored integer. OUT: FLOATS as they are, the
-    INTEGERS with scale and zero point, or the floats that these stand for (ROUNDED). A norm's sum of squares is finite
-    below |x| = 1e17.
+    INTEGERS with scale and zero point, or the floats that these stand for (ROUNDED).
+
+    A norm is taken in float64, a few operations a value: embeddings lie on a grid, where float32 would decide otherwise
+    at many an exact half. Its epsilon is eps + eps_rest.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_ld
@@ -75,7 +78,7 @@ def quantize_rows(
     bands: tl.constexpr = len(STARTS)
     g = tl.arange(0, GROUP_BLOCK)
     tiles = ()
-    total = 0.0
+    total = tl.full((), 0.0, tl.float64)
     for b in tl.static_range(bands):
         s = tl.arange(0, BLOCKS[b])
         at = STARTS[b] + g[:, None] * STEPS[b] + s[None, :]
@@ -84,21 +87,22 @@ def quantize_rows(
         source = at if index_ptr is None else tl.load(index_ptr + at, mask=inside, other=0)
         tile = sourced(x_ptr + source, up_ptr + source, inside, SOURCE, ASM)
         if SOURCE == NORM:
-            total += tl.sum(tl.sum(tile * tile, 1), 0)
+            wide = tile.to(tl.float64)
+            total += tl.sum(tl.sum(wide * wide, 1), 0)
         tiles = tiles + (tile,)
     if SOURCE == NORM:
-        root = tl.sqrt_rn(tl.div_rn(total, n) + eps)
-        inverse_root = tl.div_rn(1.0, root)
+        inverse_root = 1.0 / tl.sqrt(total / n + eps + eps_rest)
     for b in tl.static_range(bands):
         s = tl.arange(0, BLOCKS[b])
         at = STARTS[b] + g[:, None] * STEPS[b] + s[None, :]
         inside = (g < GROUPS)[:, None] & (s < STEPS[b])[None, :]
         tile = tiles[b]
         if SOURCE == NORM:
-            tile = tile * inverse_root
+            wide = tile.to(tl.float64) * inverse_root
             if gain_ptr is not None:
                 source = at if index_ptr is None else tl.load(index_ptr + at, mask=inside, other=0)
-                tile = tile * tl.load(gain_ptr + source, mask=inside, other=0.0)
+                wide = wide * tl.load(gain_ptr + source, mask=inside, other=0.0).to(tl.float64)
+            tile = wide.to(tl.float32)
         if OUT == FLOATS:
             tl.store(out_ptr + at, tile, mask=inside)
         else:
