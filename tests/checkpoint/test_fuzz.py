@@ -1,4 +1,4 @@
-"""Damaged checkpoints: loading refuses in one line, or gives the tensors as they were written."""
+"""Damaged checkpoints: loading refuses in one line, or gives the tensors as they were written; verifying tells."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from tests.conftest import make_checkpoint
 
 import resq
+from resq.checkpoint.golden import GOLDEN_FILE
 from resq.errors import InputError
+from resq.measure.verify import verify
 
 TRIALS = 400
 
@@ -55,9 +57,12 @@ def test_random_damage_is_refused_or_harmless(text: Path, tmp_path: Path) -> Non
         except InputError as error:
             messages.append(str(error))
         else:
-            # Tensors are hashed. The manifest is not: its words for people, or a digit of an eps, may change.
-            assert file.name == "resq.json", (trial, kind, at)
+            # Tensors are hashed. The manifest is not: its words for people, or a digit of an eps, may change. What
+            # only a verification reads is hashed then.
+            assert file.name in ("resq.json", GOLDEN_FILE), (trial, kind, at)
             assert after.shape == before.shape
+            if file.name == GOLDEN_FILE:
+                assert any(GOLDEN_FILE in problem for problem in verify(damaged, backend="reference").problems)
         shutil.rmtree(damaged)
     assert len(messages) > TRIALS // 2
     assert not [message for message in messages if "\n" in message]
