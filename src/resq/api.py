@@ -16,12 +16,22 @@ import torch
 from resq import embedded
 from resq._version import __version__
 from resq.backends.reference import dense
-from resq.checkpoint.files import CheckpointWriter, check_free
-from resq.checkpoint.manifest import FORMAT_VERSION, MANIFEST_FILE, CalibrationEntry, Manifest, RecipeEntry, SourceEntry
+from resq.checkpoint.files import CheckpointWriter, check_free, sha256_of
+from resq.checkpoint.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    CalibrationEntry,
+    Manifest,
+    RecipeEntry,
+    SourceEntry,
+    StatisticsEntry,
+    TextEntry,
+)
 from resq.errors import InputError
 from resq.measure.card import model_card
+from resq.measure.rows import processor
 from resq.models.source import Source
-from resq.models.text import Windows, load_tokenizer, sampled_windows
+from resq.models.text import Windows, load_tokenizer, sampled_windows, text_sha256
 from resq.numerics.device import full_float32
 from resq.numerics.moments import Leaves
 from resq.progress import Progress, silent
@@ -138,8 +148,10 @@ def quantize(
     started = time.perf_counter()
     method = chosen_recipe(recipe, bits, head_bits)
     place = chosen_device(device)
-    stored = None if statistics is None else statistics_file.read(Path(statistics))
-    if stored is not None:
+    stored, used = None, None
+    if statistics is not None:
+        stored = statistics_file.read(Path(statistics))
+        used = StatisticsEntry(sha256=sha256_of(Path(statistics)), device=stored.header.device)
         windows, window_length = _windows_of(str(statistics), stored.header, method, windows, window_length)
     count = _counted(windows)
     rounding = min(DEFAULT_ROUNDING_WINDOWS, count) if rounding_windows is None else rounding_windows
@@ -154,15 +166,19 @@ def quantize(
         hashed = source_files(model, progress)
         statistics_file.check_fit(str(statistics), stored.header, hashed, method.needs)
     looks = method.needs_windows or bool(method.tuning)
-    chosen = None
+    windows_seed = seed if stored is None else stored.header.calibration.seed
+    chosen, texts = None, []
     if looks or (stored is None and method.needs) or (stored is not None and files):
-        windows_seed = seed if stored is None else stored.header.calibration.seed
         chosen = _windows(model, tokenizer, files, count, window_length, windows_seed, progress)
+        texts = [TextEntry(name=str(file), sha256=text_sha256(file)) for file in files]
         if stored is not None and chosen.sha256 != stored.header.calibration.tokens_sha256:
             raise InputError(
                 f"--calibration gives other windows than {statistics} was made of (sha256 of their tokens differs); "
                 f"give its text, {stored.header.calibration.origin}"
             )
+    calibrated = _calibration_entry(stored, chosen, count, rounding if method.needs_windows else 0, place)
+    if calibrated is not None:
+        calibrated = calibrated.model_copy(update={"seed": windows_seed, "texts": texts, "statistics": used})
     setting = Setting(model.shape, method.precision, seed, place)
     keep_tied = model.shape.tied and method.precision.head is None and not untie
     with CheckpointWriter(out) as writer:
@@ -179,7 +195,7 @@ def quantize(
         hashed = source_files(model, progress) if hashed is None else hashed
         _copy_files(model, writer)
         header = {
-            "made_by": _versions(),
+            "made_by": made_by(place),
             "recipe": RecipeEntry(**method.describe(), seed=seed),
             "source": SourceEntry(
                 name=model.name,
@@ -188,9 +204,9 @@ def quantize(
                 bytes=model.nbytes,
                 parameters=model.parameters(),
                 tied=model.shape.tied,
-                sha256={file: hashed[file].sha256 for file in model.shards},
+                sha256={file: entry.sha256 for file, entry in hashed.items()},
             ),
-            "calibration": _calibration_entry(stored, chosen, count, rounding if method.needs_windows else 0, place),
+            "calibration": calibrated,
             "notes": [
                 *(note for basis in method.basis for note in basis.notes(setting)),
                 *outcome.notes,
@@ -380,7 +396,9 @@ def _copy_files(model: Source, writer: CheckpointWriter) -> None:
                 writer.add_copy(file, str(file.relative_to(model.path)))
 
 
-def _versions() -> dict[str, str]:
+def made_by(place: torch.device) -> dict[str, str]:
+    """What of this process and machine the last digits of float sums depend on, by name, and the time: for the manifest
+    of what is computed on `place`."""
     import transformers
 
     return {
@@ -389,5 +407,10 @@ def _versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "device": place.type,
+        **({"card": torch.cuda.get_device_name(place)} if place.type == "cuda" else {}),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -40,7 +40,7 @@ from resq.measure.perplexity import Interval, open_streamed, paired_interval
 from resq.measure.rows import provenance, write_json, write_rows
 from resq.measure.windows import check_windows
 from resq.models.source import Source
-from resq.models.text import Windows, all_windows, load_tokenizer, read_documents
+from resq.models.text import Windows, all_windows, load_tokenizer, text_sha256
 from resq.processes import Task, run_apart, start_server
 from resq.progress import Progress, silent
 from resq.ptq.recipes import recipe_named
@@ -403,17 +403,6 @@ def identity(source: Source) -> dict[str, str]:
         elif file.suffix in (".json", ".txt", ".model", ".jinja", ".tiktoken"):
             found[file.name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
-
-
-def text_sha256(file: str) -> str:
-    """Hash of a calibration text. Raises InputError when there is none."""
-    if file == embedded.TEXT:
-        documents = read_documents(Path(file), None, evaluation=False)
-        return hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    if not Path(file).is_file():
-        read_documents(Path(file), None, evaluation=False)
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def shape_facts(source: Source) -> dict[str, Any]:

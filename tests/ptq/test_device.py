@@ -132,6 +132,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         patch.setattr(torch.backends.cuda, "is_built", lambda: True)
         patch.setattr(torch.cuda, "is_available", lambda: True)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
+        patch.setattr(torch.cuda, "get_device_name", lambda place: "a stand-in")
         # It compares devices inside and outside a call.
         patch.setattr("resq.ptq.simulation.checkpoint", partial(rerun, determinism_check="none"))
         patch.setattr("resq.checkpoint.files.save_file", saved)
@@ -155,7 +156,8 @@ def contents(directory: Path) -> dict[str, Any]:
     files: dict[str, Any] = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*.*")}
     del files["SHA256SUMS.txt"]  # it has the manifest's hash
     manifest = json.loads(files.pop("resq.json"))
-    del manifest["made_by"]["time"]
+    for name in ("time", "device", "card"):
+        manifest["made_by"].pop(name, None)
     if manifest["calibration"]:
         del manifest["calibration"]["forward"]
     return {**files, "manifest": manifest}

@@ -116,7 +116,7 @@ class RecipeEntry(_Strict):
 
 
 class SourceEntry(_Strict):
-    """The 16- or 32-bit original."""
+    """The 16- or 32-bit original. sha256: of its weight files and config.json."""
 
     name: str
     model_type: str
@@ -127,8 +127,26 @@ class SourceEntry(_Strict):
     sha256: dict[str, str]
 
 
+class TextEntry(_Strict):
+    """A calibration text: its name as it was given, and the hash of the file (of `stdlib`, of its documents)."""
+
+    name: str
+    sha256: str
+
+
+class StatisticsEntry(_Strict):
+    """A statistics file that the bases were fitted on: its hash, and what kind of device its forward ran on."""
+
+    sha256: str
+    device: str
+
+
 class CalibrationEntry(_Strict):
-    """The windows that bases and rounding were computed from; null in a recipe that needs none."""
+    """The windows that bases and rounding were computed from; null in a recipe that needs none.
+
+    seed: what chose them, null in checkpoints of before it. texts: in the order they were given; none where there were
+    statistics alone. statistics: null where this run collected them.
+    """
 
     origin: str
     windows: int
@@ -136,6 +154,9 @@ class CalibrationEntry(_Strict):
     window_length: int
     tokens_sha256: str
     forward: str
+    seed: int | None = None
+    texts: list[TextEntry] = Field(default_factory=list)
+    statistics: StatisticsEntry | None = None
 
 
 class Manifest(_Strict):

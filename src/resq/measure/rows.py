@@ -27,7 +27,7 @@ def provenance() -> dict[str, Any]:
         "resq": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": _processor(),
+        "machine": processor(),
         "threads": torch.get_num_threads(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -100,7 +100,8 @@ def _commit() -> str:
     return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name and how many cores are seen."""
     info = Path("/proc/cpuinfo")
     if info.is_file():
         for line in info.read_text(encoding="utf-8").splitlines():

@@ -58,10 +58,7 @@ def read_documents(file: Path, tokenizer: Any, *, evaluation: bool) -> list[str]
     if str(file) == embedded.TEXT:
         return corpus.documents(evaluation=evaluation)
     if not file.is_file():
-        raise InputError(
-            f"no text at {file}; give a UTF-8 text file, a .jsonl with `text` or `messages` in each line, or "
-            f"{embedded.TEXT} for the sources of Python's standard library{nearest_path(file, embedded.TEXT)}"
-        )
+        raise no_text(file)
     try:
         content = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,6 +86,25 @@ def read_documents(file: Path, tokenizer: Any, *, evaluation: bool) -> list[str]
         else:
             raise InputError(f"{file}, line {number} has neither `text` nor `messages`")
     return documents
+
+
+def text_sha256(file: str | Path) -> str:
+    """Hash of a calibration text: of the file, of all documents of `stdlib`. Raises InputError when there is none."""
+    if str(file) == embedded.TEXT:
+        documents = corpus.documents(evaluation=False)
+        return hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    if not Path(file).is_file():
+        raise no_text(file)
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def no_text(file: str | Path) -> InputError:
+    """What is said of a file that is not there."""
+    return InputError(
+        f"no text at {file}; give a UTF-8 text file, a .jsonl with `text` or `messages` in each line, or "
+        f"{embedded.TEXT} for the sources of Python's standard library{nearest_path(file, embedded.TEXT)}"
+    )
 
 
 def encode(text: str, tokenizer: Any, what: str, *, special: bool = True) -> list[int]:

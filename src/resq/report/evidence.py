@@ -16,7 +16,7 @@ from torch import Tensor
 from resq.api import DEFAULT_LENGTH, DEFAULT_ROUNDING_WINDOWS, chosen_recipe
 from resq.backends.reference import dense
 from resq.cases import Case as Compared
-from resq.compare import calibration_files, identity, text_sha256
+from resq.compare import calibration_files, identity
 from resq.errors import InputError
 from resq.measure.diagnose.attribution import Attribution, attribute
 from resq.measure.diagnose.histograms import Distribution, distributions
@@ -25,7 +25,7 @@ from resq.measure.diagnose.positions import Bucket, by_position
 from resq.measure.diagnose.snr import Snr, other_bases, snr
 from resq.measure.diagnose.spectra import Spectrum, spectra
 from resq.models.source import Source
-from resq.models.text import load_tokenizer, sampled_windows
+from resq.models.text import load_tokenizer, sampled_windows, text_sha256
 from resq.numerics.maps import LinearMap
 from resq.progress import Progress
 from resq.ptq.pipeline import Job, tuned_maps
