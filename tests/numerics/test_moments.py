@@ -1,25 +1,25 @@
 """Properties of resq.numerics.moments."""
 
-from collections.abc import Iterable
-from itertools import pairwise
-
 import pytest
 import torch
 
 from resq.errors import InputError
 from resq.numerics.moments import (
-    LEAF_WINDOWS,
     MOST_LEAVES,
+    PANEL,
     LeafSums,
     Leaves,
-    MomentSum,
     Tree,
+    TreeSum,
+    add_second_moment,
     eigenbasis,
+    mirrored,
     second_moment,
     subtrees,
 )
 
-COUNTS = (1, 7, 8, 9, 16, 24, 40, 61, 64, 100)
+COUNTS = (1, 7, 8, 9, 29, 61, 128, 129, 300)
+every_count = pytest.mark.parametrize("count", COUNTS)
 
 
 def windows(count: int, tokens: int = 6, size: int = 5) -> list[torch.Tensor]:
@@ -29,158 +29,135 @@ def windows(count: int, tokens: int = 6, size: int = 5) -> list[torch.Tensor]:
     return list(torch.randn(count, tokens, size, generator=generator) * magnitude)
 
 
-def accumulated(parts: Iterable[torch.Tensor], first_window: int = 0) -> MomentSum:
-    total = MomentSum(first_window)
-    for part in parts:
-        total.add(part)
-    return total
+# Products.
 
 
-def splits(count: int) -> list[list[int]]:
-    """Leaf-aligned edges 0 < … < count of several splits: none, every leaf, halves, uneven and random ones."""
-    leaves = list(range(LEAF_WINDOWS, count, LEAF_WINDOWS))
-    generator = torch.Generator().manual_seed(count)
-    chosen = [[], leaves, leaves[:1], leaves[-1:], leaves[len(leaves) // 2 :][:1], leaves[::2], leaves[1::3]]
-    for _ in range(4):
-        keep = torch.rand(len(leaves), generator=generator) < 0.4
-        chosen.append([leaf for leaf, kept in zip(leaves, keep.tolist(), strict=True) if kept])
-    return [[0, *edges, count] for edges in chosen]
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_a_split_into_shards_changes_no_bit(count: int) -> None:
-    data = windows(count)
-    whole = accumulated(data)
-    for edges in splits(count):
-        shards = [accumulated(data[start:stop], start) for start, stop in pairwise(edges)]
-        merged = MomentSum()
-        for shard in shards:
-            merged.extend(shard)
-        assert torch.equal(merged.total(), whole.total())
-        assert (merged.rows, merged.next_window) == (whole.rows, whole.next_window)
-        # Merging neighbours first, from the right, is the same tree.
-        while len(shards) > 1:
-            last = shards.pop()
-            shards[-1].extend(last)
-        assert torch.equal(shards[0].total(), whole.total())
-
-
-def test_a_merged_sum_continues_like_a_single_run() -> None:
-    data = windows(61)
-    merged = accumulated(data[:24])
-    merged.extend(accumulated(data[24:45], 24))
-    for window in data[45:]:
-        merged.add(window)
-    assert torch.equal(merged.total(), accumulated(data).total())
-
-
-@pytest.mark.parametrize("count", COUNTS)
-def test_the_total_is_the_plain_float64_sum(count: int) -> None:
-    data = windows(count)
-    total = accumulated(data)
-    rows = torch.cat(data).double()
+@pytest.mark.parametrize("size", [1, PANEL - 1, PANEL, PANEL + 1, 2 * PANEL + 3])
+def test_a_moment_by_panels_is_the_product_and_exactly_symmetric(size: int) -> None:
+    first, second = windows(2, 40, size)
+    total = second_moment(first)
+    add_second_moment(total, second)
+    mirrored(total)
+    rows = torch.cat([first, second]).double()
     plain = rows.T @ rows
-    assert total.total().dtype == torch.float64
-    assert total.rows == rows.shape[0]
-    assert total.next_window == count
+    assert torch.equal(total, total.T)
     # |(X^T X)_ij| ≤ the larger diagonal entry, to which the rounding errors of both sums are relative.
-    assert (total.total() - plain).abs().max() <= 1e-12 * plain.diagonal().max()
+    assert (total - plain).abs().max() <= 1e-13 * plain.diagonal().max()
+
+
+def test_the_second_moment_is_taken_in_float64() -> None:
+    x = torch.tensor([[1.0, 2.0**-13], [0.0, 1.0]], dtype=torch.float32)
+    assert second_moment(x).tolist() == [[1.0, 2.0**-13], [2.0**-13, 1.0 + 2.0**-26]]
 
 
 def test_heads_are_summed_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(3, 6, 4, generator=generator) for _ in range(11)]
-    total = accumulated(data)
-    assert total.total().shape == (3, 4, 4)
-    assert total.rows == 66
+    total = added(data, Leaves(11)).total()
+    assert total.shape == (3, 4, 4)
     for head in range(3):
-        expected = accumulated([window[head] for window in data]).total()
-        assert (total.total()[head] - expected).abs().max() <= 1e-12 * expected.diagonal().max()
+        assert torch.equal(total[head], added([window[head] for window in data], Leaves(11)).total())
 
 
-def test_the_number_of_held_matrices_is_logarithmic() -> None:
-    total = MomentSum()
-    for count in range(1, 300):
-        total.add_moment(torch.ones(1, 1, dtype=torch.float64), 1)
-        assert len(total.tree.nodes) == (count // LEAF_WINDOWS).bit_count()
-    assert float(total.total()) == 299.0
+# Sums over windows that come once.
 
 
-def test_extend_refuses_a_gap_or_an_overlap() -> None:
-    data = windows(32)
-    for start in (0, 8, 24):
-        with pytest.raises(ValueError, match=rf"must start at window 16, got {start}$"):
-            accumulated(data[:16]).extend(accumulated(data[start:], start))
+def added(data: list[torch.Tensor], leaves: Leaves, first: int = 0, stop: int | None = None) -> TreeSum:
+    """A run of leaves."""
+    start, end = leaves.span(first, leaves.count if stop is None else stop)
+    total = TreeSum(leaves, first)
+    for number, window in enumerate(data[start:end]):
+        total.add(number, window)
+    return total
 
 
-def test_extend_refuses_to_follow_an_unfinished_leaf() -> None:
-    data = windows(32)
-    with pytest.raises(ValueError, match="must start at window 13, got 16"):
-        accumulated(data[:13]).extend(accumulated(data[16:], 16))
+@every_count
+def test_the_total_is_the_plain_float64_sum(count: int) -> None:
+    data = windows(count)
+    total = added(data, Leaves(count)).total()
+    rows = torch.cat(data).double()
+    plain = rows.T @ rows
+    assert total.dtype == torch.float64
+    assert (total - plain).abs().max() <= 1e-12 * plain.diagonal().max()
 
 
-@pytest.mark.parametrize("start", [1, 7, 12])
-def test_a_shard_starts_at_a_leaf(start: int) -> None:
-    with pytest.raises(ValueError, match=f"multiple of {LEAF_WINDOWS} windows, got {start}"):
-        MomentSum(start)
+@every_count
+def test_a_run_cut_at_leaves_and_joined_has_the_bits_of_one_and_of_leaf_sums(count: int) -> None:
+    data, leaves = windows(count), Leaves(count)
+    whole = added(data, leaves).total()
+    sums = LeafSums(leaves.size)
+    for number, window in enumerate(data):
+        sums.add(number, window)
+    assert torch.equal(sums.tree(0).total(), whole)
+    for of in range(1, leaves.count + 1):
+        for owns in (False, True):
+            joined = Tree(owns=owns)
+            for number in range(1, of + 1):
+                run = leaves.shard(number, of)
+                nodes = added(data, leaves, *run).tree().nodes
+                assert [(node.first, node.stop) for node in nodes] == subtrees(*run)
+                for node in nodes:
+                    joined.push(node)
+            assert torch.equal(joined.total(), whole)
 
 
-def test_an_empty_shard_adds_nothing_and_has_no_total() -> None:
-    data = windows(16)
-    total = accumulated(data)
-    total.extend(MomentSum(16))
-    assert torch.equal(total.total(), accumulated(data).total())
-    with pytest.raises(ValueError, match="no window was added"):
-        MomentSum().total()
+@every_count
+def test_a_cross_moment_has_the_same_tree(count: int) -> None:
+    left, right, leaves = windows(count), windows(count, size=3), Leaves(count)
+    both = [torch.cat(pair, dim=1) for pair in zip(left, right, strict=True)]
+    total = TreeSum(leaves)
+    for number, (x, y) in enumerate(zip(left, right, strict=True)):
+        total.add_cross(number, x, y)
+    crossed, wide = total.total(), added(both, leaves).total()
+    assert crossed.shape == (5, 3)
+    assert (crossed - wide[:5, 5:]).abs().max() <= 1e-13 * wide.diagonal().max()
+
+
+def test_only_an_owning_tree_writes_its_nodes() -> None:
+    data, leaves = windows(40), Leaves(40)
+    nodes = [node for first in range(5) for node in added(data, leaves, first, first + 1).tree().nodes]
+    kept = [node.total.clone() for node in nodes]
+    for owns in (False, True):
+        tree = Tree(owns=owns)
+        for node in nodes:
+            tree.push(node)
+        total = tree.total()
+        assert (total is nodes[-1].total) == owns
+        assert all(torch.equal(node.total, total) for node, total in zip(nodes, kept, strict=True)) != owns
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_added_windows_are_not_written(dtype: torch.dtype) -> None:
     data = [window.to(dtype) for window in windows(24)]
     kept = [window.clone() for window in data]
-    accumulated(data).total().fill_(0)
+    added(data, Leaves(24)).total().fill_(0)
     assert all(torch.equal(a, b) for a, b in zip(data, kept, strict=True))
 
 
-def test_added_moments_are_not_written() -> None:
-    moments = [second_moment(window) for window in windows(24)]
-    kept = [moment.clone() for moment in moments]
-    total = MomentSum()
-    for moment in moments:
-        total.add_moment(moment, 6)
-    assert all(torch.equal(a, b) for a, b in zip(moments, kept, strict=True))
-    before = total.total()
-    moments[0].fill_(0)
-    assert torch.equal(total.total(), before)
+def test_windows_come_once_and_in_order() -> None:
+    data = windows(20)
+    total = TreeSum(Leaves(20), 1)
+    total.add(0, data[0])
+    for wrong in (0, 2, 9):
+        with pytest.raises(ValueError, match=rf"window 1 is next, .*got {wrong}$"):
+            total.add(wrong, data[wrong])
+    with pytest.raises(ValueError, match=r"window 1 is next, with a second moment"):
+        total.add_cross(1, data[0], data[1])
+    for number in range(1, 12):
+        total.add(number, data[number])
+    with pytest.raises(ValueError, match=r"of 20; got 12$"):
+        total.add(12, data[12])
 
 
-def test_taking_a_total_changes_no_state() -> None:
-    for count in COUNTS:
-        total = accumulated(windows(count))
-        first = total.total()
-        kept = first.clone()
-        first.fill_(0)
-        assert torch.equal(total.total(), kept)
-
-
-def test_merged_sums_share_no_memory() -> None:
-    data = windows(44)
-    left, right = accumulated(data[:16]), accumulated(data[16:29], 16)
-    expected = right.total()
-    left.extend(right)
-    for window in data[29:]:
-        left.add(window)
-    assert torch.equal(right.total(), expected)
-    merged = left.total()
-    for window in data[29:]:
-        right.add(window)
-    assert torch.equal(left.total(), merged)
-    assert torch.equal(merged, accumulated(data).total())
-
-
-def test_the_second_moment_is_taken_in_float64() -> None:
-    x = torch.tensor([[1.0, 2.0**-13], [0.0, 1.0]], dtype=torch.float32)
-    assert second_moment(x).tolist() == [[1.0, 2.0**-13], [2.0**-13, 1.0 + 2.0**-26]]
+def test_a_run_that_stops_inside_a_leaf_or_has_no_window_has_no_total() -> None:
+    data, total = windows(20), TreeSum(Leaves(20))
+    with pytest.raises(ValueError, match="no window was added"):
+        total.total()
+    total = TreeSum(Leaves(20))
+    for number in range(12):
+        total.add(number, data[number])
+    with pytest.raises(ValueError, match="stops at window 12 of 20, inside a leaf of 8"):
+        total.total()
 
 
 # The statistics' tree.
@@ -196,7 +173,7 @@ def leaf_tree(data: list[torch.Tensor], leaves: Leaves, first: int, stop: int) -
     return sums.tree(first)
 
 
-@pytest.mark.parametrize("count", [1, 8, 9, 29, 61, 128, 129, 300])
+@every_count
 def test_shards_of_leaves_joined_in_any_order_give_the_bits_of_one_run(count: int) -> None:
     data, leaves = windows(count), Leaves(count)
     whole = leaf_tree(data, leaves, 0, leaves.count)

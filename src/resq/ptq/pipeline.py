@@ -22,7 +22,7 @@ from resq.numerics.device import CPU, full_float32, moved
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, LinearMap
-from resq.numerics.moments import MomentSum
+from resq.numerics.moments import Leaves, TreeSum
 from resq.progress import Progress
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.golden import golden_of, golden_of_layer
@@ -254,12 +254,13 @@ def clipped_inputs(
 
 def input_moments(seen: Stream, wanted: Stream | None, point: Point) -> InputMoments:
     """Sums over the windows of the inputs of the linears at `point`."""
-    total, cross = MomentSum(), MomentSum()
+    leaves = Leaves(len(seen.hidden))
+    total, cross = TreeSum(leaves), TreeSum(leaves)
     for number in range(len(seen.hidden)):
         x = seen.input(point, number)
-        total.add(x)
+        total.add(number, x)
         if wanted is not None:
-            cross.add_moment(x.to(torch.float64).mT @ wanted.input(point, number).to(torch.float64), len(x))
+            cross.add_cross(number, x, wanted.input(point, number))
     return InputMoments(total.total(), None if wanted is None else cross.total())
 
 
