@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits, symmetric_scale
 from resq.numerics.bands import Bands
-from resq.ptq.recipe import InputMoments
+from resq.numerics.device import CPU
+from resq.ptq.recipe import KEPT, InputMoments
+from resq.ptq.rounding import rows
 from resq.ptq.rounding.gptq import Gptq, corrected, inverse_factor
 from resq.ptq.rounding.nearest import Nearest, scales
 
@@ -138,6 +141,84 @@ def test_damping_is_raised_until_the_moment_factorizes_and_is_reported(least: fl
     assert Gptq()(weight, InputMoments(moment), Bands.of((4, size)), None).damping == damping
 
 
+@pytest.mark.parametrize("size", [1, 96, 300, 515])
+def test_the_factor_of_a_nearly_singular_moment_is_as_accurate_as_that_of_its_inverse(size: int) -> None:
+    """Inputs of a tenth of the rank and a damping of 1e-8: condition numbers up to 1e10."""
+    generator = torch.Generator().manual_seed(size)
+    inputs = torch.randn(max(1, size // 10), size, generator=generator, dtype=torch.float64)
+    moment = inputs.T @ inputs
+    identity, damped = torch.eye(size, dtype=torch.float64), moment.clone()
+    damped.diagonal().add_(1e-8 * moment.diagonal().mean())
+    upper, damping = inverse_factor(moment, 1e-8)
+    assert damping == 1e-8
+    assert torch.equal(upper, upper.triu())
+    explicit = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    errors = [float((u.T @ (u @ damped) - identity).norm()) for u in (upper, explicit)]
+    assert errors[0] <= 2 * errors[1] + size * torch.finfo(torch.float64).eps
+
+
+def test_a_factor_in_another_order_is_that_of_the_permuted_moment() -> None:
+    moment = problem(0)[1]
+    order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(inverse_factor(moment, 0.01, order)[0], inverse_factor(moment[order][:, order], 0.01)[0])
+
+
+def test_dead_inputs_do_not_change_the_damping_of_the_others() -> None:
+    moment = problem(0)[1] * 1e-6
+    alone = inverse_factor(moment, 0.01)[0]
+    wide = torch.zeros(100, 100, dtype=torch.float64)
+    wide[4:, 4:] = moment
+    upper = inverse_factor(wide, 0.01)[0]
+    torch.testing.assert_close(upper[4:, 4:], alone, rtol=1e-12, atol=0)
+    assert not upper[:4, 4:].any()
+
+
+def test_what_depends_on_the_moments_alone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def counted(*arguments: Any) -> tuple[Tensor, float]:
+        made.append(arguments[1])
+        return inverse_factor(*arguments)
+
+    monkeypatch.setattr("resq.ptq.rounding.gptq.inverse_factor", counted)
+    weight, exact, seen = streams(0)
+    moments = both_moments(exact, seen)
+    rounding = Gptq(correction=0.5)
+    shared = [rounding(rows, moments, Bands.of((4, 48)), None) for rows in (weight, 2 * weight, weight[:3])]
+    assert made == [0.5, 0.01]
+    assert torch.equal(shared[0].target, corrected(weight, both_moments(exact, seen), 0.5))
+    # In another order, or with another damping, it is another factor; the oldest is forgotten.
+    for other in (replace(rounding, act_order=True), Gptq(damping=0.1)):
+        kept, fresh = (
+            other(weight, m, Bands.of((4, 48)), None).linear.integers() for m in (moments, both_moments(exact, seen))
+        )
+        assert torch.equal(kept, fresh)
+    assert len(moments._kept) == KEPT
+
+
+@pytest.mark.parametrize("name", ["two-bands", "iso-3-bit"])
+@pytest.mark.parametrize("rounding", [Gptq(act_order=True), Nearest()], ids=["gptq", "nearest"])
+def test_rows_rounded_in_chunks_are_joined_in_order(
+    name: str, rounding: Gptq | Nearest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "CACHED", 7)
+    bands, (weight, moment) = CUTS[name], problem(0)
+    bias = torch.arange(24, dtype=torch.float64)
+    assert [len(range(24)[cut]) for cut in rows.row_chunks(24, CPU)] == [7, 7, 7, 3]
+    for given in (bias, None):
+        found = rows.round_rows(rounding, weight, InputMoments(moment), bands, given)
+        want = rounding(weight, InputMoments(moment), bands, given)
+        assert torch.equal(found.linear.integers(), want.linear.integers())
+        assert torch.equal(found.linear.scale, want.linear.scale)
+        assert torch.equal(found.target, want.target)
+        assert (found.linear.bias is None) == (given is None)
+        assert found.damping == want.damping
+    assert found.linear.bias is None
+    kept = rows.round_rows(rounding, weight, InputMoments(moment), bands, bias).linear.bias
+    assert kept is not None
+    assert torch.equal(kept, bias.float())
+
+
 def test_fewer_rows_than_columns_round_with_the_usual_damping() -> None:
     weight, moment = problem(0, rows=3)
     assert torch.linalg.matrix_rank(moment) == 3
@@ -167,8 +248,6 @@ def test_a_dead_input_rounds_to_zero_and_leaves_the_others_alone() -> None:
     bands, dead = CUTS["one-band"], torch.tensor([0, 40, 95])
     alive = torch.ones(96, dtype=torch.bool)
     alive[dead] = False
-    # The mean of the live diagonal is one, so that the ones standing for the dead inputs do not change the damping.
-    moment = moment / torch.diagonal(moment)[alive].mean()
     moment[dead] = moment[:, dead] = 0.0
     rounded = Gptq(clip_search=False)(weight, InputMoments(moment), bands, None)
     integers = rounded.linear.integers().double()

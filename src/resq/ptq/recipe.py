@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,10 @@ from resq.ptq.precision import BAND_MULTIPLE, Precision, finest
 
 if TYPE_CHECKING:
     from resq.models.source import Source
+
+T = TypeVar("T")
+# What roundings make of one moment and keep, [in, in] each: a factor for rounding and one for correcting.
+KEPT = 2
 
 
 class Statistic(StrEnum):
@@ -157,6 +161,16 @@ class InputMoments:
 
     seen: Tensor
     cross: Tensor | None = None
+    _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` makes of these sums alone: made once for all linears and rows that ask for the same `key`, while
+        it is among the last `KEPT`."""
+        if key not in self._kept:
+            while len(self._kept) >= KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[key] = make()
+        return self._kept[key]
 
 
 @dataclass(frozen=True)
@@ -173,7 +187,8 @@ class Rounding(Protocol):
     """Weights to integers: W float64 [out, in], moments of its inputs (if `needs_moment`), bands.
 
     sees_rounded: its moments are of inputs whose activations and cache are rounded. corrects: it wants the cross moment
-    with the unrounded model's inputs.
+    with the unrounded model's inputs. Any rows of a linear may be rounded by themselves: what a row becomes depends on
+    the others in last digits of sums at most (`rounding/rows.py`).
     """
 
     needs_moment: ClassVar[bool]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,37 +18,64 @@ from resq.ptq.rounding.nearest import scales
 
 # Damping is multiplied by this after a failed Cholesky factorization, at most this often (1 % → 1000 %).
 DAMPING_STEP, DAMPING_TRIES = 10.0, 4
+# Columns rounded one by one before the errors of all are taken to the next ones by a matrix product; and the size up to
+# which a triangular matrix is inverted in one piece.
+STRIP, PANEL = 16, 256
 
 
-def inverse_factor(moment: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper-triangular U with U^T U = (H + λ I)^-1, float64 [n, n], and the damping used.
+def inverse_factor(moment: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """Upper-triangular U with U^T U = (H + λ I)^-1, float64 [n, n], and the damping used; H is the moment, its rows and
+    columns in the order int64 [n] where one is given.
 
-    λ = damping · mean(diag H), raised stepwise while the factorization fails. A dead input (zero diagonal) counts as an
-    independent one. Raises InputError when H is not finite or no damping helps.
+    λ = damping · mean(diag H) over the inputs that are not dead (zero diagonal), raised stepwise while it cannot be
+    factorized. A dead input counts as an independent one of mean energy. Holds at most two further [n, n]. Raises
+    InputError when H is not finite or no damping helps.
+
+    With R R^T = H + λ I, R upper-triangular, U = R^-1: no inverse of H is formed. R is the Cholesky factor of H with
+    rows and columns reversed, itself reversed.
     """
-    if not torch.isfinite(moment).all():
+    if not all(torch.isfinite(rows).all() for rows in moment.split(PANEL)):
         raise InputError("the calibration moment holds NaN or Inf: an activation overflowed; check the source model")
-    hessian = (moment + moment.T) / 2
-    diagonal = torch.diagonal(hessian)
-    diagonal[diagonal == 0] = 1.0
-    plain, mean = diagonal.clone(), diagonal.mean()
+    if order is None:
+        reversed_moment = moment.flip(0, 1)
+    else:
+        reversed_moment = moment[order.flip(0)][:, order.flip(0)]
+    diagonal = reversed_moment.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_ones(())
+    plain = torch.where(dead, mean, diagonal)
     for _ in range(DAMPING_TRIES):
         diagonal.copy_(plain + damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        # Symmetric: the transposed one is laid out as LAPACK wants it.
+        lower, failed = torch.linalg.cholesky_ex(reversed_moment.mT)
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            if not failed:
-                return upper, damping
+            del reversed_moment, diagonal
+            invert_lower(lower)
+            return lower.mT.flip(0, 1).mT, damping
         damping *= DAMPING_STEP
     raise InputError(
         f"the calibration moment cannot be factorized even with damping {damping / DAMPING_STEP:g}; use more windows"
     )
 
 
+def invert_lower(lower: Tensor) -> None:
+    """L^-1 in place of the lower-triangular L [n, n]: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
+    size = lower.shape[0]
+    if size <= PANEL:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    half = size // 2
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    inner = torch.linalg.solve_triangular(first, below, upper=False, left=False)
+    below.copy_(torch.linalg.solve_triangular(last, inner, upper=False).neg_())
+    del inner
+    invert_lower(first)
+    invert_lower(last)
+
+
 def corrected(weight: Tensor, moments: InputMoments, damping: float) -> Tensor:
-    """W' minimising Σ ||W' x̂ - W x||² + λ ||W' - W||², float64 [out, in]; λ = damping · mean(diag Σ x̂ x̂^T).
+    """W' minimising Σ ||W' x̂ - W x||² + λ ||W' - W||², float64 [out, in]; λ as in `inverse_factor` of Σ x̂ x̂^T.
 
     x̂ is what the rounded model feeds this linear, x what the unrounded one does:
     W' = W + W (X - X̂)^T X̂ (X̂^T X̂ + λ I)^-1.
@@ -55,10 +83,24 @@ def corrected(weight: Tensor, moments: InputMoments, damping: float) -> Tensor:
     arXiv 2504.02692, solved for real weights first).
     """
     assert moments.cross is not None
-    seen = (moments.seen + moments.seen.T) / 2
-    hessian = seen.clone()
-    hessian.diagonal().add_(damping * seen.diagonal().mean().clamp(min=1e-300))
-    return weight + torch.linalg.solve(hessian, (moments.cross - seen) @ weight.T).T
+    upper, _ = factor(moments, damping)
+    # By panels of rows: no difference of two [in, in] is held, and no zeros of U are multiplied.
+    right, half, change = (weight.new_empty(weight.shape[1], weight.shape[0]) for _ in range(3))
+    panels = [slice(start, start + PANEL) for start in range(0, weight.shape[1], PANEL)]
+    for panel in panels:
+        torch.mm(moments.cross[panel] - moments.seen[panel], weight.T, out=right[panel])
+    for panel in panels:
+        torch.mm(upper[panel, panel.start :], right[panel.start :], out=half[panel])
+    for panel in panels:
+        torch.mm(upper[: panel.stop, panel].T, half[: panel.stop], out=change[panel])
+    return weight + change.T
+
+
+def factor(
+    moments: InputMoments, damping: float, order: Tensor | None = None, key: Hashable = None
+) -> tuple[Tensor, float]:
+    """`inverse_factor` of the inputs as seen, made once for all that share them; `key` names the order."""
+    return moments.once(("factor", damping, key), lambda: inverse_factor(moments.seen, damping, order))
 
 
 @dataclass(frozen=True)
@@ -99,8 +141,10 @@ class Gptq:
             target = corrected(target, moments, self.correction)
         scale = scales(target, bands, clip_search=self.clip_search)
         order = self.order(moments.seen, bands)
-        moment = moments.seen if order is None else moments.seen[order][:, order]
-        integers, damping = self.integers(target if order is None else target[:, order], moment, scale, bands)
+        upper, damping = factor(moments, self.damping, order, key=None if order is None else bands)
+        # The weights of dead inputs are rounded as zeros.
+        columns = torch.where(moments.seen.diagonal() == 0, 0.0, target)
+        integers = self.integers(columns if order is None else columns[:, order], upper, scale, bands)
         if order is not None:
             integers = integers[:, order.argsort()]
         return Rounded(PackedLinear.from_integers(integers, scale, bands, bias), target, damping)
@@ -112,28 +156,36 @@ class Gptq:
         energy = torch.diagonal(moment)
         return torch.cat([cut.start + energy[cut].argsort(descending=True, stable=True) for cut in bands.slices()])
 
-    def integers(self, weight: Tensor, moment: Tensor, scale: Tensor, bands: Bands) -> tuple[Tensor, float]:
-        """Integers int8 [out, in] and the damping used; weight and moment in the order of rounding."""
-        upper, damping = inverse_factor(moment, self.damping)
-        # Columns as rows: the inner loop then walks contiguous memory. A copy: the update writes to it.
+    def integers(self, weight: Tensor, upper: Tensor, scale: Tensor, bands: Bands) -> Tensor:
+        """Integers int8 [out, in]; weight and U in the order of rounding."""
+        # Columns as rows, so that the loop walks contiguous memory. A column that was rounded holds its error from then
+        # on, and what the errors change in a column is subtracted when its block, its strip and itself come: each entry
+        # is written four times in all, and most products are of matrices.
         columns = weight.T.clone(memory_format=torch.contiguous_format)
-        columns[torch.diagonal(moment) == 0] = 0.0
-        column_scale = torch.empty_like(columns)
-        for index, cut in enumerate(bands.slices()):
-            column_scale[cut] = scale[:, index].to(torch.float64)
+        steps = scale.T.to(torch.float64, memory_format=torch.contiguous_format)
+        band_of = [(index, band.bits) for index, band in enumerate(bands) for _ in range(band.size)]
+        pivots = upper.diagonal().tolist()
         integers = torch.empty_like(columns, dtype=torch.int8)
-        bits = [band.bits for band in bands for _ in range(band.size)]
+
+        def settle(start: int, stop: int, since: int) -> None:
+            """Subtract from columns start … stop - 1 what the errors of since … start - 1 change in them."""
+            if since < start:
+                columns[start:stop].addmm_(upper[since:start, start:stop].T, columns[since:start], alpha=-1)
+
         for start in range(0, bands.size, self.block):
             stop = min(start + self.block, bands.size)
-            errors = torch.empty_like(columns[start:stop])
-            for i in range(start, stop):
-                q = round_symmetric(columns[i], column_scale[i], bits[i])
-                integers[i] = q.to(torch.int8)
-                error = (columns[i] - q * column_scale[i]) / upper[i, i]
-                columns[i:stop] -= upper[i, i:stop, None] * error
-                errors[i - start] = error
-            columns[stop:] -= upper[start:stop, stop:].T @ errors
-        return integers.T, damping
+            settle(start, stop, 0)
+            for first in range(start, stop, STRIP):
+                last = min(first + STRIP, stop)
+                settle(first, last, start)
+                for i in range(first, last):
+                    column, (band, bits) = columns[i], band_of[i]
+                    if i > first:
+                        column.addmv_(columns[first:i].T, upper[first:i, i], alpha=-1)
+                    q = round_symmetric(column, steps[band], bits)
+                    integers[i] = q
+                    column.addcmul_(q, steps[band], value=-1).div_(pivots[i])
+        return integers.T
 
     def __str__(self) -> str:
         words = f"gptq, damping {self.damping:g}, block {self.block}, clip search {'on' if self.clip_search else 'off'}"
