@@ -12,9 +12,7 @@ from torch import Tensor
 from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits, symmetric_scale
 from resq.numerics.bands import Bands
-from resq.numerics.device import CPU
 from resq.ptq.recipe import KEPT, InputMoments
-from resq.ptq.rounding import rows
 from resq.ptq.rounding.gptq import Gptq, corrected, inverse_factor
 from resq.ptq.rounding.nearest import Nearest, scales
 
@@ -194,29 +192,6 @@ def test_what_depends_on_the_moments_alone_is_made_once(monkeypatch: pytest.Monk
         )
         assert torch.equal(kept, fresh)
     assert len(moments._kept) == KEPT
-
-
-@pytest.mark.parametrize("name", ["two-bands", "iso-3-bit"])
-@pytest.mark.parametrize("rounding", [Gptq(act_order=True), Nearest()], ids=["gptq", "nearest"])
-def test_rows_rounded_in_chunks_are_joined_in_order(
-    name: str, rounding: Gptq | Nearest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rows, "CACHED", 7)
-    bands, (weight, moment) = CUTS[name], problem(0)
-    bias = torch.arange(24, dtype=torch.float64)
-    assert [len(range(24)[cut]) for cut in rows.row_chunks(24, CPU)] == [7, 7, 7, 3]
-    for given in (bias, None):
-        found = rows.round_rows(rounding, weight, InputMoments(moment), bands, given)
-        want = rounding(weight, InputMoments(moment), bands, given)
-        assert torch.equal(found.linear.integers(), want.linear.integers())
-        assert torch.equal(found.linear.scale, want.linear.scale)
-        assert torch.equal(found.target, want.target)
-        assert (found.linear.bias is None) == (given is None)
-        assert found.damping == want.damping
-    assert found.linear.bias is None
-    kept = rows.round_rows(rounding, weight, InputMoments(moment), bands, bias).linear.bias
-    assert kept is not None
-    assert torch.equal(kept, bias.float())
 
 
 def test_fewer_rows_than_columns_round_with_the_usual_damping() -> None:

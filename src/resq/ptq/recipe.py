@@ -187,8 +187,8 @@ class Rounding(Protocol):
     """Weights to integers: W float64 [out, in], moments of its inputs (if `needs_moment`), bands.
 
     sees_rounded: its moments are of inputs whose activations and cache are rounded. corrects: it wants the cross moment
-    with the unrounded model's inputs. Any rows of a linear may be rounded by themselves: what a row becomes depends on
-    the others in last digits of sums at most (`rounding/rows.py`).
+    with the unrounded model's inputs. Any rows of a linear may be rounded by themselves; what a row becomes depends on
+    how many others there are in last digits of sums only.
     """
 
     needs_moment: ClassVar[bool]
