@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from resq.checkpoint.manifest import Manifest, MapEntry
     from resq.compare import Row as ComparedRow
     from resq.measure.bench import Report as BenchReport
+    from resq.measure.differences import Differences
     from resq.measure.evaluate import Row
     from resq.measure.gate import Report as GateReport
     from resq.measure.gpu.bench import BlockReport
@@ -37,6 +38,8 @@ out, err = Console(markup=False, highlight=False), Console(stderr=True, markup=F
 WIDE = 110
 # Lines of progress at once.
 DRAWN = 6
+# Rows of a list that may have thousands.
+LISTED = 24
 
 
 @contextmanager
@@ -124,6 +127,27 @@ def quantized(result: Result) -> None:
         f'{size(source_bytes)}, in {result.seconds:.0f} s. Next: resq generate {result.directory} "…"',
         soft_wrap=True,
     )
+
+
+def differing(found: Differences) -> None:
+    """The first of the tensors that differ between two checkpoints: how many of their values, and by how much."""
+    table = Table(box=None, padding=(0, 1), collapse_padding=True, header_style="bold", pad_edge=False)
+    table.add_column("tensor", overflow="fold")
+    for column in ("differ", "of", "largest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for each in found.tensors[:LISTED]:
+        largest = "not finite" if each.largest is None else f"{each.largest:.3g}"
+        cells = (f"{each.differing:,}", f"{each.values:,}", largest) if each.problem is None else ("", "", each.problem)
+        table.add_row(each.tensor, *cells)
+    out.print(table)
+    if len(found.tensors) > LISTED:
+        out.print(f"and {len(found.tensors) - LISTED} more; --json has them all")
+    packed = [each for each in found.tensors if each.packed]
+    if packed:
+        wrong, values = (sum(getattr(each, name) for each in packed) for name in ("differing", "values"))
+        most = max(each.largest or 0 for each in packed)
+        out.print(f"integers: {wrong:,} of {values:,} in {len(packed)} qweight tensors differ, by at most {most:.0f}")
+    out.print(f"tensors: {len(found.tensors)} differ, {found.same} in the same files do not")
 
 
 def evaluated(rows: Sequence[Row]) -> None:

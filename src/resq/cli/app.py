@@ -39,8 +39,9 @@ app = typer.Typer(
     help="Quantize language models to 4-bit weights, activations and KV cache, and run them.\n\n"
     "`resq demo` shows every recipe on a tiny model that comes with the package: nothing is downloaded.",
     epilog="Exit codes: 0 done · 1 a bug in resq (with a traceback) or a closed pipe · 2 something given cannot be "
-    "used, one line says what · 3 `resq gate`: not good enough, `resq verify`: not as "
-    "recorded · 130 interrupted, nothing half-written is kept. With --json, standard output is one JSON object.",
+    "used, one line says what · 3 `resq gate`: not good enough, `resq verify`: not as recorded, `resq reproduce`: not "
+    "made again the same · 130 interrupted, nothing half-written is kept. With --json, standard output is one JSON "
+    "object.",
 )
 BackendOption = Annotated[
     str | None,
