@@ -280,4 +280,9 @@ def _directory(room: Path, prefix: str) -> Iterator[Path]:
             f"cannot write to {room}: {error.strerror}; name a directory for the rerun with --work"
         ) from error
     with made as directory:
-        yield Path(directory)
+        try:
+            yield Path(directory)
+        except BaseException as error:
+            # Such as how to go on with a job whose finished layers are removed here.
+            error.__dict__.pop("__notes__", None)
+            raise

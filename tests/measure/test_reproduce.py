@@ -347,11 +347,12 @@ def test_an_interrupted_rerun_leaves_nothing(packed: Callable[[str], Path], erro
 
     def progress(phase: str, done: int, of: int) -> None:
         if phase == "rounding" and done == 9:
-            seen.extend(directory.parent.glob(".resq.reproduce-*/.*"))
+            seen.extend(directory.parent.glob(".resq.reproduce-*/*"))
             raise error
 
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         reproduce(directory, progress=progress)
+    assert not hasattr(caught.value, "__notes__")  # nothing can be resumed
     assert len(seen) == 1  # it was there
     assert [file.name for file in directory.parent.iterdir()] == ["resq"]
 
