@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from resq.backends.kept import Kept
-from resq.backends.triton.cache import Cache, Store
+from resq.backends.triton.cache import NO_PLACES, Cache, Store
 from resq.backends.triton.configs import chosen
 from resq.backends.triton.device import DEVICE, target
 from resq.backends.triton.kernels.attention import decode, merge
@@ -87,12 +87,10 @@ def _planes(store: Store) -> tuple[Tensor | None, ...]:
     return (*store.planes, None, None, None, None) if store.places is None else (None, *store.planes)
 
 
-def _constants(store: Store, prefix: str) -> dict[str, Any]:
-    if store.places is not None:
-        return store.places.constants(prefix)
-    return {prefix + name: () for name in ("BITS", "FIRST", "SIZE", "AT", "PART")} | {
-        prefix + name: 0 for name in ("NIBBLES", "BYTES", "GROUP")
-    }
+def _how(format: ActivationFormat, norm: Norm | None, size: int, *, turn: bool) -> tuple[Any, ...]:
+    """kernels/rope.py's `HOW`."""
+    columns, half = power_of_two(size, 16), format.scale_dtype == torch.float16
+    return size, columns, norm is not None, turn, format.map_input_bits or 0, min(32, columns), half
 
 
 def _check_sizes(formats: HeadFormats, size: int) -> None:
@@ -139,19 +137,12 @@ def rope_project_append(
         fuse=False,
         HEADS=heads,
         KV_HEADS=kv_heads,
-        HEAD=size,
-        QUERY_NORM=norms[0] is not None,
-        KEY_NORM=norms[1] is not None,
-        QUERY_INPUT_BITS=formats.query.map_input_bits or 0,
-        KEY_INPUT_BITS=formats.key.map_input_bits or 0,
-        VALUE_INPUT_BITS=formats.value.map_input_bits or 0,
-        KEY_HALF_SCALE=formats.key.scale_dtype == torch.float16,
-        VALUE_HALF_SCALE=formats.value.scale_dtype == torch.float16,
-        **_constants(cache.keys, "K_"),
-        **_constants(cache.values, "V_"),
+        QUERIES=_how(formats.query, norms[0], size, turn=True),
+        KEYS=_how(formats.key, norms[1], size, turn=True),
+        VALUES=_how(formats.value, None, size, turn=False),
+        KEY_STORE=(cache.keys.places or NO_PLACES).constant,
+        VALUE_STORE=(cache.values.places or NO_PLACES).constant,
         ROWS=tile,
-        COLUMNS=power_of_two(size, 16),
-        STEP=min(32, power_of_two(size, 16)),
         ASM=target().assembly,
     )
     return out
@@ -179,8 +170,10 @@ def _decode(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window
     kv_heads = cache.keys.planes[0].shape[1]
     share = heads // kv_heads
     rows = power_of_two(tokens * share, 8)
-    places = [store.places for store in (cache.keys, cache.values) if store.places is not None]
-    choice = chosen("decode", rows=rows, head=size, bands=max(len(each.bits) for each in places))
+    keys, values = cache.keys.places, cache.values.places
+    assert keys is not None
+    assert values is not None
+    choice = chosen("decode", rows=rows, head=size, bands=max(len(keys.bands), len(values.bands)))
     # By the capacity, so that a recorded step has the parts of any other; each takes its share of what is stored.
     most = min(cache.capacity, cache.capacity if window is None else power_of_two(window + tokens, LEAST)) // LEAST
     parts = max(1, min(most, MOST_PARTS, -(-WAVES * target().multiprocessors // (batch * kv_heads))))
@@ -200,8 +193,8 @@ def _decode(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window
         num_warps=choice["warps"],
         BLOCK=choice["block"],
         STAGES=choice["stages"],
-        **_constants(cache.keys, "K_"),
-        **_constants(cache.values, "V_"),
+        KEYS=keys.constant,
+        VALUES=values.constant,
         ASM=target().assembly,
     )
     launch(

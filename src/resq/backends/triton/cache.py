@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resq.backends.triton.device import DEVICE, target
+from resq.backends.triton.device import DEVICE
 from resq.backends.triton.kernels.attention import dequantize
 from resq.backends.triton.launch import launch, power_of_two
 from resq.errors import InputError
@@ -25,41 +25,36 @@ TOKENS = 16
 
 @dataclass(frozen=True)
 class Places:
-    """Where the bands of a head lie: width, first coordinate, size and first byte of each, in the plane of nibbles
-    (widths up to 4: byte j of a band has coordinate j low and coordinate j + ceil(size / 2) high) or of bytes; what a
-    token takes in both, in bytes; and how many tokens' equal bytes lie together."""
+    """Where the bands of a head lie, as kernels/attention.py's `STORE`: what a token takes in the plane of nibbles (of
+    bands up to 4 bits: byte j has coordinate j low and coordinate j + ceil(size / 2) high) and in that of bytes; how
+    many tokens' equal bytes lie together; and the bands."""
 
-    bits: tuple[int, ...]
-    first: tuple[int, ...]
-    size: tuple[int, ...]
-    at: tuple[int, ...]
     nibbles: int
     bytes: int
     group: int
+    bands: tuple[tuple[int, ...], ...]
 
     @classmethod
     def of(cls, bands: Bands, group: int) -> Places:
         """Bands one after the other in each plane."""
-        at, widths = [], {True: 0, False: 0}
-        for band in bands:
+        found, widths = [], {True: 0, False: 0}
+        for band, cut in zip(bands, bands.slices(), strict=True):
             narrow = band.bits <= 4
-            at.append(widths[narrow])
-            widths[narrow] += (band.size + 1) // 2 if narrow else band.size
-        first = tuple(cut.start for cut in bands.slices())
-        bits, size = zip(*bands.pairs, strict=True)
-        return cls(bits, first, size, tuple(at), widths[True], widths[False], group)
+            low = (band.size + 1) // 2 if narrow else band.size
+            # Columns of a tile: powers of two that tensor cores take.
+            where = (widths[narrow], power_of_two(low, 16))
+            found.append((band.bits, cut.start, cut.start + low, low, band.size - low, *where))
+            widths[narrow] += low
+        return cls(widths[True], widths[False], group, tuple(found))
 
     @property
-    def parts(self) -> tuple[int, ...]:
-        """Columns of the tile that holds a band's bytes: powers of two that tensor cores take."""
-        bytes = ((size + 1) // 2 if bits <= 4 else size for bits, size in zip(self.bits, self.size, strict=True))
-        return tuple(power_of_two(count, 16) for count in bytes)
-
-    def constants(self, prefix: str) -> dict[str, Any]:
+    def constant(self) -> tuple[Any, ...]:
         """What kernels are compiled for."""
-        values = {"BITS": self.bits, "FIRST": self.first, "SIZE": self.size, "AT": self.at, "PART": self.parts}
-        widths = {"NIBBLES": self.nibbles, "BYTES": self.bytes, "GROUP": self.group}
-        return {prefix + name: value for name, value in (values | widths).items()}
+        return (self.nibbles, self.bytes, self.group), *self.bands
+
+
+# Of a store without bands.
+NO_PLACES = Places(0, 0, 1, ())
 
 
 class Store:
@@ -78,7 +73,7 @@ class Store:
     def _widths(self) -> list[tuple[int, torch.dtype]]:
         if self.places is None:
             return [(self.size, torch.float16)]
-        bands, byte = len(self.places.bits), torch.uint8
+        bands, byte = len(self.places.bands), torch.uint8
         return [
             (self.places.nibbles, byte),
             (self.places.bytes, byte),
@@ -140,8 +135,7 @@ class Store:
             self.capacity,
             HEAD=self.size,
             TOKENS=TOKENS,
-            ASM=target().assembly,
-            **self.places.constants(""),
+            STORE=self.places.constant,
         )
         return out
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from resq.backends.triton.kernels.common import affine_integers, affine_range
+from resq.backends.triton.kernels.affine import affine_integers, affine_range
 
 # What a kernel's input is made of, and what leaves it.
 PLAIN = tl.constexpr(0)

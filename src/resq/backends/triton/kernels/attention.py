@@ -1,10 +1,17 @@
 """Attention of a few new tokens over packed keys and values, in parts of the cache that are merged; and the cache as
-floats."""
+floats.
+
+How keys or values are stored is a constant tuple `STORE`: first (bytes of a token in the plane of nibbles, in that of
+bytes, tokens whose equal bytes lie together), then for every band
+(bits, the first coordinate in low nibbles or in bytes, that in high nibbles, how many there are in the ones, in the
+others, the first byte of a token, columns of a tile of its bytes).
+A `HALF` of a band is 0 or 1. `planes` is a tuple: nibbles, bytes, and of every band scale and zero point.
+"""
 
 import triton
 import triton.language as tl
 
-from resq.backends.triton.kernels.common import loop_bound
+from resq.backends.triton.kernels.interpreter import loop_bound
 
 # Below every score, and finite, so that what has seen nothing has weight 0.
 NOTHING = tl.constexpr(-1.0e38)
@@ -106,95 +113,71 @@ def both_halves(x, ROWS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def query_part(
-    rows, inside, factor, second, FIRST: tl.constexpr, COUNT: tl.constexpr, PART: tl.constexpr, ASM: tl.constexpr
+    rows, inside, factor, second, STORE: tl.constexpr, INDEX: tl.constexpr, HALF: tl.constexpr, ASM: tl.constexpr
 ):
-    """Coordinates FIRST … FIRST + COUNT of the queries times factor, as `split_rows` has them: [rows, PART]."""
-    column = tl.arange(0, PART)
+    """The coordinates in a half of a band of the queries times factor, as `split_rows` has them."""
+    BAND: tl.constexpr = STORE[1 + INDEX]
+    FIRST: tl.constexpr = BAND[1 + HALF]
+    COUNT: tl.constexpr = BAND[3 + HALF]
+    column = tl.arange(0, BAND[6])
     q = tl.load(rows[:, None] + FIRST + column[None, :], mask=inside[:, None] & (column < COUNT)[None, :], other=0.0)
     return split_rows(q * factor, second, ASM)
 
 
 @triton.jit
-def offsets(slot, column, WIDTH: tl.constexpr, GROUP: tl.constexpr):
-    """Where byte `column` of a slot lies in a plane of WIDTH bytes a token: equal bytes of GROUP tokens together."""
-    return (slot // GROUP * WIDTH + column) * GROUP + slot % GROUP
+def places(planes, slot, column, STORE: tl.constexpr, INDEX: tl.constexpr):
+    """Addresses of a band's bytes `column` of slots: in a plane equal bytes of GROUP tokens lie together."""
+    BAND: tl.constexpr = STORE[1 + INDEX]
+    WIDTHS: tl.constexpr = STORE[0]
+    WIDTH: tl.constexpr = WIDTHS[0] if BAND[0] <= 4 else WIDTHS[1]
+    GROUP: tl.constexpr = WIDTHS[2]
+    plane = planes[0] if BAND[0] <= 4 else planes[1]
+    return plane + ((slot // GROUP * WIDTH + (BAND[5] + column)) * GROUP + slot % GROUP)
 
 
 @triton.jit
-def key_scores(
-    low,
-    high,
-    scores,
-    nibbles,
-    bytes,
-    scales,
-    zeros,
-    slots,
-    INDEX: tl.constexpr,
-    BANDS: tl.constexpr,
-    BITS: tl.constexpr,
-    SIZE: tl.constexpr,
-    AT: tl.constexpr,
-    PART: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    BYTES: tl.constexpr,
-    GROUP: tl.constexpr,
-    ASM: tl.constexpr,
-):
+def from_slot(planes, slot, STORE: tl.constexpr):
+    """The planes from a slot on that is a multiple of the tokens that lie together."""
+    WIDTHS: tl.constexpr = STORE[0]
+    BANDS: tl.constexpr = len(STORE) - 1
+    nibbles, bytes, scales, zeros = planes
+    return nibbles + slot * WIDTHS[0], bytes + slot * WIDTHS[1], scales + slot * BANDS, zeros + slot * BANDS
+
+
+@triton.jit
+def key_scores(scores, queries, planes, slots, STORE: tl.constexpr, INDEX: tl.constexpr, ASM: tl.constexpr):
     """scores [rows, slots] + one band of q · k: scale · Σ q (k - zero)."""
-    COUNT: tl.constexpr = (SIZE + 1) // 2 if BITS <= 4 else SIZE
-    WIDTH: tl.constexpr = NIBBLES if BITS <= 4 else BYTES
-    column = tl.arange(0, PART)[:, None]
-    scale = tl.load(scales + slots * BANDS + INDEX).to(tl.float32)
-    zero = tl.load(zeros + slots * BANDS + INDEX).to(tl.float32)
-    zero = tl.broadcast_to(zero[None, :], (PART, slots.shape[0]))
-    plane = nibbles if BITS <= 4 else bytes
-    place = plane + offsets(slots[None, :], AT + column, WIDTH, GROUP)
-    byte = tl.load(place, mask=column < COUNT, other=0)
-    if BITS <= 4:
+    BAND: tl.constexpr = STORE[1 + INDEX]
+    BANDS: tl.constexpr = len(STORE) - 1
+    column = tl.arange(0, BAND[6])[:, None]
+    scale = tl.load(planes[2] + slots * BANDS + INDEX).to(tl.float32)
+    zero = tl.load(planes[3] + slots * BANDS + INDEX).to(tl.float32)
+    zero = tl.broadcast_to(zero[None, :], (BAND[6], slots.shape[0]))
+    byte = tl.load(places(planes, slots[None, :], column, STORE, INDEX), mask=column < BAND[3], other=0)
+    if BAND[0] <= 4:
         first, second = nibble_values(byte, zero, ASM)
-        part = tl.dot(high, second, tl.dot(low, first))
+        part = tl.dot(queries[2 * INDEX + 1], second, tl.dot(queries[2 * INDEX], first))
     else:
-        part = tl.dot(low, byte_values(byte, zero, ASM))
+        part = tl.dot(queries[2 * INDEX], byte_values(byte, zero, ASM))
     return scores + part * scale[None, :]
 
 
 @triton.jit
 def value_sums(
-    weights,
-    second,
-    keep,
-    low,
-    high,
-    nibbles,
-    bytes,
-    scales,
-    zeros,
-    slots,
-    INDEX: tl.constexpr,
-    BANDS: tl.constexpr,
-    BITS: tl.constexpr,
-    SIZE: tl.constexpr,
-    AT: tl.constexpr,
-    PART: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    BYTES: tl.constexpr,
-    GROUP: tl.constexpr,
-    ASM: tl.constexpr,
+    found, weights, second, keep, planes, slots, STORE: tl.constexpr, INDEX: tl.constexpr, ASM: tl.constexpr
 ):
-    """(low, high) · keep + one band of Σ weights · scale · (v - zero), over its two halves or, in bytes, in low."""
-    COUNT: tl.constexpr = (SIZE + 1) // 2 if BITS <= 4 else SIZE
-    WIDTH: tl.constexpr = NIBBLES if BITS <= 4 else BYTES
-    column = tl.arange(0, PART)[None, :]
-    scale = tl.load(scales + slots * BANDS + INDEX).to(tl.float32)
-    zero = tl.load(zeros + slots * BANDS + INDEX).to(tl.float32)
-    zero = tl.broadcast_to(zero[:, None], (slots.shape[0], PART))
+    """found · keep + one band of Σ weights · scale · (v - zero): its two halves, or what is in bytes and anything."""
+    BAND: tl.constexpr = STORE[1 + INDEX]
+    BANDS: tl.constexpr = len(STORE) - 1
+    column = tl.arange(0, BAND[6])[None, :]
+    scale = tl.load(planes[2] + slots * BANDS + INDEX).to(tl.float32)
+    zero = tl.load(planes[3] + slots * BANDS + INDEX).to(tl.float32)
+    zero = tl.broadcast_to(zero[:, None], (slots.shape[0], BAND[6]))
     shares = split_rows(weights * scale[None, :], second, ASM)
-    plane = nibbles if BITS <= 4 else bytes
-    place = plane + offsets(slots[:, None], AT + column, WIDTH, GROUP)
-    byte = tl.load(place, mask=column < COUNT, other=0)
+    byte = tl.load(places(planes, slots[:, None], column, STORE, INDEX), mask=column < BAND[3], other=0)
+    low, high = found[2 * INDEX], found[2 * INDEX + 1]
     low = low * keep[:, None]
-    if BITS <= 4:
+    if BAND[0] <= 4:
         first, other = nibble_values(byte, zero, ASM)
         low = tl.dot(shares, first, low)
         high = tl.dot(shares, other, high * keep[:, None])
@@ -204,66 +187,31 @@ def value_sums(
 
 
 @triton.jit
-def store_part(out, sums, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr, PART: tl.constexpr):
-    """Coordinates FIRST … FIRST + COUNT of the result; out: addresses of rows [ROWS]."""
-    column = tl.arange(0, PART)
-    total = tl.sum(tl.reshape(sums, (2, ROWS, PART)), axis=0)
+def store_part(out, sums, inside, ROWS: tl.constexpr, STORE: tl.constexpr, INDEX: tl.constexpr, HALF: tl.constexpr):
+    """The coordinates in a half of a band of the result; out: addresses of rows [ROWS]."""
+    BAND: tl.constexpr = STORE[1 + INDEX]
+    FIRST: tl.constexpr = BAND[1 + HALF]
+    COUNT: tl.constexpr = BAND[3 + HALF]
+    column = tl.arange(0, BAND[6])
+    total = tl.sum(tl.reshape(sums, (2, ROWS, BAND[6])), axis=0)
     tl.store(out[:, None] + FIRST + column[None, :], total, mask=inside[:, None] & (column < COUNT)[None, :])
 
 
 @triton.jit(do_not_specialize=["length"])
 def decode(
-    q,
-    q_batch,
-    q_token,
-    key_nibbles,
-    key_bytes,
-    key_scales,
-    key_zeros,
-    value_nibbles,
-    value_bytes,
-    value_scales,
-    value_zeros,
-    starts,
-    clock,
-    length,
-    capacity,
-    window,
-    factor,
-    sums,
-    most,
-    total,
-    TOKENS: tl.constexpr,
-    SHARE: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
-    K_BITS: tl.constexpr,
-    K_FIRST: tl.constexpr,
-    K_SIZE: tl.constexpr,
-    K_AT: tl.constexpr,
-    K_PART: tl.constexpr,
-    K_NIBBLES: tl.constexpr,
-    K_BYTES: tl.constexpr,
-    K_GROUP: tl.constexpr,
-    V_BITS: tl.constexpr,
-    V_FIRST: tl.constexpr,
-    V_SIZE: tl.constexpr,
-    V_AT: tl.constexpr,
-    V_PART: tl.constexpr,
-    V_NIBBLES: tl.constexpr,
-    V_BYTES: tl.constexpr,
-    V_GROUP: tl.constexpr,
-    ASM: tl.constexpr,
-):
+    q, q_batch, q_token, key_nibbles, key_bytes, key_scales, key_zeros,
+    value_nibbles, value_bytes, value_scales, value_zeros,
+    starts, clock, length, capacity, window, factor, sums, most, total,
+    TOKENS: tl.constexpr, SHARE: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, KEYS: tl.constexpr, VALUES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
     """One part of the slots of one kv head and batch row, for its TOKENS · SHARE ≤ ROWS queries.
 
     Grid (parts, kv heads, batch). q float32, rows apart by q_batch and q_token; factor: the scale times log2(e). Row r
     is query head r % SHARE of token r // SHARE. Tiles have 2 · ROWS rows: the queries (and the weights) rounded to
     bfloat16 above what the rounding left, so that one product on tensor cores has both; integers are exact there.
     sums float32 [batch, kv heads, parts, ROWS, HEAD]: Σ 2^(score - most) v; most and total [batch, kv heads, parts,
-    ROWS]. clock: length - TOKENS on the device, or None and `length` holds.
+    ROWS]. clock: length - TOKENS on the device, or None and `length` holds. KEYS, VALUES: their `STORE`.
     """
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if clock is not None:
@@ -286,30 +234,20 @@ def decode(
     end = tl.minimum(begin + share, length)
 
     base = (batch.to(tl.int64) * tl.num_programs(1) + head) * capacity
-    key_nibbles += base * K_NIBBLES
-    key_bytes += base * K_BYTES
-    key_scales += base * len(K_BITS)
-    key_zeros += base * len(K_BITS)
-    value_nibbles += base * V_NIBBLES
-    value_bytes += base * V_BYTES
-    value_scales += base * len(V_BITS)
-    value_zeros += base * len(V_BITS)
+    keys = from_slot((key_nibbles, key_bytes, key_scales, key_zeros), base, KEYS)
+    values = from_slot((value_nibbles, value_bytes, value_scales, value_zeros), base, VALUES)
 
     rows = q + batch.to(tl.int64) * q_batch + (query // SHARE) * q_token + (head * SHARE + query % SHARE) * HEAD
     queries = ()
-    for i in tl.static_range(len(K_BITS)):
-        if K_BITS[i] <= 4:
-            below = query_part(rows, inside, factor, second, K_FIRST[i], (K_SIZE[i] + 1) // 2, K_PART[i], ASM)
-            above = query_part(
-                rows, inside, factor, second, K_FIRST[i] + (K_SIZE[i] + 1) // 2, K_SIZE[i] // 2, K_PART[i], ASM
-            )
-            queries = queries + (below, above)
+    for i in tl.static_range(len(KEYS) - 1):
+        low = query_part(rows, inside, factor, second, KEYS, i, 0, ASM)
+        if KEYS[1 + i][0] <= 4:
+            queries = queries + (low, query_part(rows, inside, factor, second, KEYS, i, 1, ASM))
         else:
-            whole = query_part(rows, inside, factor, second, K_FIRST[i], K_SIZE[i], K_PART[i], ASM)
-            queries = queries + (whole, whole)
+            queries = queries + (low, low)
     found = ()
-    for i in tl.static_range(len(V_BITS)):
-        nothing = zeros(2 * ROWS, V_PART[i])
+    for i in tl.static_range(len(VALUES) - 1):
+        nothing = zeros(2 * ROWS, VALUES[1 + i][6])
         found = found + (nothing, nothing)
     top = tl.full((2 * ROWS,), NOTHING, tl.float32)
     mass = tl.zeros((2 * ROWS,), tl.float32)
@@ -317,27 +255,8 @@ def decode(
     for start in tl.range(loop_bound(begin, ASM), loop_bound(end, ASM), BLOCK, num_stages=STAGES):
         slots = start + tl.arange(0, BLOCK)
         scores = tl.zeros((2 * ROWS, BLOCK), tl.float32)
-        for i in tl.static_range(len(K_BITS)):
-            scores = key_scores(
-                queries[2 * i],
-                queries[2 * i + 1],
-                scores,
-                key_nibbles,
-                key_bytes,
-                key_scales,
-                key_zeros,
-                slots,
-                i,
-                len(K_BITS),
-                K_BITS[i],
-                K_SIZE[i],
-                K_AT[i],
-                K_PART[i],
-                K_NIBBLES,
-                K_BYTES,
-                K_GROUP,
-                ASM,
-            )
+        for i in tl.static_range(len(KEYS) - 1):
+            scores = key_scores(scores, queries, keys, slots, KEYS, i, ASM)
         scores = both_halves(scores, ROWS, BLOCK)
         seen = slots[None, :] <= position[:, None]
         if starts is not None:
@@ -352,30 +271,8 @@ def decode(
         mass = mass * keep + tl.sum(weights, axis=1)
         top = higher
         going = ()
-        for i in tl.static_range(len(V_BITS)):
-            low, high = value_sums(
-                weights,
-                second,
-                keep,
-                found[2 * i],
-                found[2 * i + 1],
-                value_nibbles,
-                value_bytes,
-                value_scales,
-                value_zeros,
-                slots,
-                i,
-                len(V_BITS),
-                V_BITS[i],
-                V_SIZE[i],
-                V_AT[i],
-                V_PART[i],
-                V_NIBBLES,
-                V_BYTES,
-                V_GROUP,
-                ASM,
-            )
-            going = going + (low, high)
+        for i in tl.static_range(len(VALUES) - 1):
+            going = going + value_sums(found, weights, second, keep, values, slots, VALUES, i, ASM)
         found = going
 
     line = ((batch * tl.num_programs(1) + head) * tl.num_programs(0) + part) * ROWS
@@ -384,29 +281,18 @@ def decode(
     row = tl.arange(0, ROWS)
     out = sums + (line + row).to(tl.int64) * HEAD
     used = row < TOKENS * SHARE
-    for i in tl.static_range(len(V_BITS)):
-        if V_BITS[i] <= 4:
-            store_part(out, found[2 * i], used, V_FIRST[i], (V_SIZE[i] + 1) // 2, ROWS, V_PART[i])
-            store_part(out, found[2 * i + 1], used, V_FIRST[i] + (V_SIZE[i] + 1) // 2, V_SIZE[i] // 2, ROWS, V_PART[i])
-        else:
-            store_part(out, found[2 * i], used, V_FIRST[i], V_SIZE[i], ROWS, V_PART[i])
+    for i in tl.static_range(len(VALUES) - 1):
+        store_part(out, found[2 * i], used, ROWS, VALUES, i, 0)
+        if VALUES[1 + i][0] <= 4:
+            store_part(out, found[2 * i + 1], used, ROWS, VALUES, i, 1)
 
 
 @triton.jit
 def merge(
-    sums,
-    most,
-    total,
-    out,
-    PARTS: tl.constexpr,
-    PADDED: tl.constexpr,
-    STEP: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SHARE: tl.constexpr,
-    HEAD: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
+    sums, most, total, out,
+    PARTS: tl.constexpr, PADDED: tl.constexpr, STEP: tl.constexpr, TOKENS: tl.constexpr, SHARE: tl.constexpr,
+    HEAD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
     """What the parts of `decode` found, as one: out float32 [batch, TOKENS, heads, HEAD].
 
     Grid (TOKENS · SHARE, kv heads, batch).
@@ -433,9 +319,12 @@ def merge(
 
 
 @triton.jit
-def dequantize_part(byte, zero, scale, out, inside, FIRST: tl.constexpr, COUNT: tl.constexpr, PART: tl.constexpr):
-    """Store scale · (byte - zero) [tokens, PART] in coordinates FIRST … FIRST + COUNT; out: addresses of rows."""
-    column = tl.arange(0, PART)
+def dequantize_part(byte, scale, zero, out, inside, STORE: tl.constexpr, INDEX: tl.constexpr, HALF: tl.constexpr):
+    """Store scale · (byte - zero) [tokens, columns] in the coordinates in a half of a band; out: addresses of rows."""
+    BAND: tl.constexpr = STORE[1 + INDEX]
+    FIRST: tl.constexpr = BAND[1 + HALF]
+    COUNT: tl.constexpr = BAND[3 + HALF]
+    column = tl.arange(0, BAND[6])
     value = (byte.to(tl.float32) - zero[:, None]) * scale[:, None]
     if out.dtype.element_ty == tl.float16:
         value = tl.minimum(tl.maximum(value, -65504.0), 65504.0)
@@ -445,26 +334,9 @@ def dequantize_part(byte, zero, scale, out, inside, FIRST: tl.constexpr, COUNT: 
 
 @triton.jit(do_not_specialize=["first", "count"])
 def dequantize(
-    nibbles,
-    bytes,
-    scales,
-    zeros,
-    out,
-    first,
-    count,
-    capacity,
-    HEAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BITS: tl.constexpr,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    AT: tl.constexpr,
-    PART: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    BYTES: tl.constexpr,
-    GROUP: tl.constexpr,
-    ASM: tl.constexpr,
-):
+    nibbles, bytes, scales, zeros, out, first, count, capacity,
+    HEAD: tl.constexpr, TOKENS: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
     """Slots first … first + count of every kv head as float32 or float16 [heads, count, HEAD].
 
     Grid (tiles of TOKENS, batch · kv heads).
@@ -474,18 +346,15 @@ def dequantize(
     inside = token < count
     slot = head * capacity + first + token
     rows = out + (head * count + token) * HEAD
-    for i in tl.static_range(len(BITS)):
-        column = tl.arange(0, PART[i])
-        scale = tl.load(scales + slot * len(BITS) + i, mask=inside, other=0.0).to(tl.float32)
-        zero = tl.load(zeros + slot * len(BITS) + i, mask=inside, other=0).to(tl.float32)
-        if BITS[i] <= 4:
-            mask = inside[:, None] & (column < (SIZE[i] + 1) // 2)[None, :]
-            byte = tl.load(
-                nibbles + offsets(slot[:, None], AT[i] + column[None, :], NIBBLES, GROUP), mask=mask, other=0
-            )
-            dequantize_part(byte & 15, zero, scale, rows, inside, FIRST[i], (SIZE[i] + 1) // 2, PART[i])
-            dequantize_part(byte >> 4, zero, scale, rows, inside, FIRST[i] + (SIZE[i] + 1) // 2, SIZE[i] // 2, PART[i])
+    planes = (nibbles, bytes, scales, zeros)
+    for i in tl.static_range(len(STORE) - 1):
+        column = tl.arange(0, STORE[1 + i][6])
+        scale = tl.load(scales + slot * (len(STORE) - 1) + i, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(zeros + slot * (len(STORE) - 1) + i, mask=inside, other=0).to(tl.float32)
+        mask = inside[:, None] & (column < STORE[1 + i][3])[None, :]
+        byte = tl.load(places(planes, slot[:, None], column[None, :], STORE, i), mask=mask, other=0)
+        if STORE[1 + i][0] <= 4:
+            dequantize_part(byte & 15, scale, zero, rows, inside, STORE, i, 0)
+            dequantize_part(byte >> 4, scale, zero, rows, inside, STORE, i, 1)
         else:
-            mask = inside[:, None] & (column < SIZE[i])[None, :]
-            byte = tl.load(bytes + offsets(slot[:, None], AT[i] + column[None, :], BYTES, GROUP), mask=mask, other=0)
-            dequantize_part(byte, zero, scale, rows, inside, FIRST[i], SIZE[i], PART[i])
+            dequantize_part(byte, scale, zero, rows, inside, STORE, i, 0)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from resq.backends.triton.kernels.common import loop_bound
+from resq.backends.triton.kernels.interpreter import loop_bound
 from resq.backends.triton.kernels.linear import finished, inside, tile_of
 
 

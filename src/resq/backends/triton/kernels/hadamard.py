@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from resq.backends.triton.kernels.activation import INTEGERS, SILU, sourced
-from resq.backends.triton.kernels.common import affine_integers, affine_range
+from resq.backends.triton.kernels.affine import affine_integers, affine_range
 
 
 @triton.jit

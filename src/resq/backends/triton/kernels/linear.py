@@ -12,7 +12,7 @@ large.
 import triton
 import triton.language as tl
 
-from resq.backends.triton.kernels.common import loop_bound
+from resq.backends.triton.kernels.interpreter import loop_bound
 
 # Where float32 integers may go without their sums with the 4-bit part leaving int32.
 MERGEABLE = tl.constexpr(2.0**30)

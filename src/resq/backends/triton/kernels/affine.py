@@ -1,4 +1,4 @@
-"""What kernels share. Every float32 step that is followed by a rounding is one IEEE operation, as in the reference."""
+"""Rounding to ranges, as numerics/affine.py has it: every float32 step is one IEEE operation, as in the reference."""
 
 import triton
 import triton.language as tl
@@ -43,13 +43,3 @@ def affine_integers(x, inverse, zero, top, ASM: tl.constexpr):
     # A clipped range may be a thousandth of what it must hold: keep the rounding within its domain.
     scaled = tl.minimum(tl.maximum(x * inverse, -4194303.0), 4194303.0)
     return tl.minimum(tl.maximum(round_even(scaled, ASM) + zero, 0.0), top)
-
-
-@triton.jit
-def loop_bound(count, ASM: tl.constexpr):
-    """The scalar as what `tl.range` takes: Triton 3.6's interpreter makes an int of an array of one, which numpy 2.4
-    refuses."""
-    if ASM:
-        return count
-    else:
-        return count if isinstance(count, int) else count.handle.data.item()
