@@ -124,7 +124,8 @@ def _source(manifest: Manifest, given: str | Path | None, progress: Progress) ->
             f"the source was {name}, which is no directory here; say where it is with --source (a hub id is fetched)"
         )
     model = Source.open(name)
-    here = source_files(model, progress)
+    # A phase of its own: the rerun hashes the source too.
+    here = source_files(model, lambda phase, done, total: progress("checking the source", done, total))
     for file, want in manifest.source.sha256.items():
         if file not in here:
             raise InputError(f"{model.path} has no {file} (sha256 {want} is recorded); give the original with --source")
