@@ -85,7 +85,7 @@ def reproduce(
     work: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for the rerun, as large as the checkpoint; it is removed after.",
+            help="A directory with room for the rerun, which is as large as the checkpoint and removed after.",
             show_default="beside the checkpoint",
         ),
     ] = None,
