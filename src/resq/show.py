@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from resq.measure.gpu.bench import BlockReport
     from resq.measure.ledger import Ledger
     from resq.measure.perplexity import Interval
+    from resq.measure.quantizing import Timed as QuantizingTimed
     from resq.measure.speed import Limits
     from resq.measure.speed import Result as TimedResult
     from resq.ptq.recipe import Recipe
@@ -295,6 +297,17 @@ def _operators(result: TimedResult, limits: Limits) -> Table:
     rest = result.median - sum(entry.seconds for entry in result.operators.values())
     table.add_row("between operators", "", f"{rest * 1e3:.2f}", f"{rest / result.median:.1%}")
     return table
+
+
+def quantizing_timed(results: Sequence[QuantizingTimed]) -> None:
+    """Seconds of parts of quantizing beside those of what they cannot do without."""
+    table = Table(title="quantizing", title_justify="left")
+    for column in ("what", "seconds", "beside", "times as long"):
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for result in results:
+        cells = f"{median(result.seconds):.3f}", f"{median(result.against):.3f}", f"× {result.ratio:.2f}"
+        table.add_row(result.name, *cells)
+    out.print(table)
 
 
 def block_timed(report: BlockReport) -> None:

@@ -107,6 +107,9 @@ def bench(
     capture_prefill: Annotated[
         bool, typer.Option("--capture-prefill", help="cuda: prefill as a CUDA graph, as decoding is.")
     ] = False,
+    quantizing: Annotated[
+        bool, typer.Option("--quantizing", help="Quantizing instead: GPTQ of a --shape's down_proj, and pass 1.")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Threads.", show_default="one per core")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Append rows to this .jsonl file.")] = None,
     backend: BackendOption = None,
@@ -129,6 +132,23 @@ def bench(
         "rounds": rounds,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if quantizing:
+        other = {"a checkpoint": directory, "--context": context, "--head-bits": head_bits, "--backend": backend}
+        other |= {"--device cuda": True if device is Device.CUDA else None, "--prefill": prefill, "--batch": batch}
+        other |= {"--capture-prefill": capture_prefill or None, "--against": against}
+        if wrong := [name for name, value in other.items() if value is not None]:
+            raise InputError(f"--quantizing times parts of quantizing a --shape and takes no {wrong[0]}; leave it out")
+        from resq.measure import quantizing as times
+
+        work = times.QuantizingPlan(
+            shape or "llama-3.2-1b", recipe, threads=threads, rounds=3 if rounds is None else rounds
+        )
+        with bars() as progress:
+            found = times.quantizing(work, progress=progress)
+        if out_file is not None:
+            times.save(found, work, out_file)
+        print(json.dumps({"rows": [part.row() for part in found]})) if json_output else show.quantizing_timed(found)
+        return
     if device is Device.CUDA:
         other = {"a checkpoint": directory, "--head-bits": head_bits, "--threads": threads, "--backend": backend}
         if wrong := [name for name, value in other.items() if value is not None]:
