@@ -74,6 +74,14 @@ def test_blocked_gptq_has_the_integers_of_the_plain_one(name: str, block: int) -
         assert rounded.damping == 0.01
 
 
+@pytest.mark.parametrize("size", [1, 96, PANEL, 2 * PANEL + 3])
+def test_the_energy_of_outputs_is_that_of_the_inputs_passed_through(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    inputs, weight = (torch.randn(n, size, generator=generator, dtype=torch.float64) for n in (50, 7))
+    outputs = inputs @ weight.T
+    assert InputMoments(inputs.T @ inputs).energy(weight) == pytest.approx(float(outputs.square().sum()), rel=1e-11)
+
+
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("seed", range(4))
 def test_gptq_has_a_smaller_output_error_than_nearest_on_correlated_inputs(seed: int, name: str) -> None:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 # What roundings make of one moment and keep, [in, in] each: a factor for rounding and one for correcting.
 KEPT = 2
+# Columns of a moment that are multiplied at once.
+PANEL = 512
 
 
 class Statistic(StrEnum):
@@ -171,6 +173,17 @@ class InputMoments:
                 del self._kept[next(iter(self._kept))]
             self._kept[key] = make()
         return self._kept[key]
+
+    def energy(self, weight: Tensor) -> float:
+        """Σ ||W x̂||² = tr(W H W^T) of W float64 [out, in], H = Σ x̂ x̂^T: what a linear puts out, or a change of its
+        weights. By panels of columns, so that of the symmetric H only half is multiplied."""
+        total = weight.new_zeros(())
+        for start in range(0, weight.shape[1], PANEL):
+            stop = start + PANEL
+            before = weight[:, :start] @ self.seen[:start, start:stop]
+            own = weight[:, start:stop] @ self.seen[start:stop, start:stop]
+            total += (before.mul_(2).add_(own) * weight[:, start:stop]).sum()
+        return float(total)
 
 
 @dataclass(frozen=True)
