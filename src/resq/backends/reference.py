@@ -229,20 +229,26 @@ def visible(
 ) -> Tensor | None:
     """Which slots the last `t` tokens may see: bool [b or 1, 1, t, length], None when plainly causal from slot 0; on
     `device`, where `starts` lies too.
-
-    A query always sees its own slot, so that a padded row stays finite.
     """
     if starts is None and window is None and t == length:
         return None
-    query = torch.arange(length - t, length, device=device)[:, None]
-    slot = torch.arange(length, device=device)[None, :]
-    allowed = slot <= query
+    slot = torch.arange(length, device=device)
+    return allowed(slot[length - t :], slot, starts, window)
+
+
+def allowed(query: Tensor, slot: Tensor, starts: Tensor | None, window: int | None) -> Tensor:
+    """Which slots [s] the queries at slots [t] may see, bool [b or 1, 1, t, s]; starts [b].
+
+    A query always sees its own slot, so that a padded row stays finite.
+    """
+    query, slot = query[:, None], slot[None, :]
+    seen = slot <= query
     if window is not None:
-        allowed = allowed & (slot > query - window)
-    allowed = allowed[None, None]
+        seen = seen & (slot > query - window)
+    seen = seen[None, None]
     if starts is not None:
-        allowed = allowed & (slot[None, None] >= starts[:, None, None, None])
-    return allowed | (slot == query)
+        seen = seen & (slot[None, None] >= starts[:, None, None, None])
+    return seen | (slot == query)
 
 
 def _unrounded(x: Tensor, format: ActivationFormat) -> Tensor:

@@ -17,6 +17,7 @@ PROGRAM = """
 import json, sys
 from dataclasses import asdict
 import torch
+from resq.backends.dense import DenseWeight
 from resq.backends.triton import linear
 from resq.backends.triton.aot import compiling
 from resq.backends.triton.configs import using
@@ -37,7 +38,7 @@ def run(capability, rows, kind, pairs, groups, use):
     bands = Bands.of(*pairs)
     with compiling(capability) as made:
         if kind == "dense":
-            weight = linear.DenseWeight(torch.empty(4096, bands.size, dtype=torch.bfloat16), None)
+            weight = DenseWeight(torch.empty(4096, bands.size, dtype=torch.bfloat16), None)
         else:
             weight = packed(bands, groups)
         x = torch.empty(rows, bands.size)

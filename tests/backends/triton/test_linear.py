@@ -27,11 +27,12 @@ from tests.backends.test_cpu import (
 from torch import Tensor
 
 from resq.backends.cuts import LONGEST
+from resq.backends.dense import DenseWeight
 from resq.backends.reference import REFERENCE
 from resq.backends.triton import TRITON, linear, rows
 from resq.backends.triton.configs import chosen, using
 from resq.backends.triton.device import Target, targeting
-from resq.backends.triton.linear import DenseWeight, PackedWeight, accumulate
+from resq.backends.triton.linear import PackedWeight, accumulate
 from resq.errors import InputError
 from resq.numerics.affine import Quantized, quantize, symmetric_limits
 from resq.numerics.bands import PACKABLE_BITS, Bands

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from resq.backends.cpu.native import module
 from resq.backends.cuts import source_bands
+from resq.backends.dense import DenseWeight, dense_weight, float_bias
 from resq.backends.kept import Kept
 from resq.errors import InputError
 from resq.numerics.bands import Bands
+from resq.numerics.device import CPU
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
 from resq.numerics.hadamard import unscaled_factor
 from resq.numerics.linear import DenseLinear, Linear
 from resq.numerics.maps import Dense, Hadamard, OnlineMap, PerHead, Permutation
-
-# The order of csrc/kernels.h: Element.
-ELEMENTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -137,30 +136,6 @@ class PackedWeight:
         return self.handle.nbytes
 
 
-@dataclass(frozen=True)
-class DenseWeight:
-    """Plain weights [out, in] read where they lie, which may be a mapped file; bias float32 or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    element: int
-
-    @property
-    def out(self) -> int:
-        """Outputs."""
-        return self.weight.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Inputs."""
-        return self.weight.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return self.weight.numel() * self.weight.element_size()
-
-
 Weight = PackedWeight | DenseWeight
 
 
@@ -170,11 +145,7 @@ def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
     Raises InputError when a band of the weights crosses one of the inputs.
     """
     if isinstance(linear, DenseLinear):
-        weight = linear.weight if linear.weight.dtype in ELEMENTS else linear.weight.to(torch.float32)
-        if weight.stride(-1) != 1:
-            weight = weight.contiguous()
-        bias = None if linear.bias is None else linear.bias.to(torch.float32).contiguous()
-        return DenseWeight(weight, bias, ELEMENTS.index(weight.dtype))
+        return dense_weight(linear, CPU)
     cut = linear.bands if inputs.bands is None else inputs.bands
     groups = 1 if inputs.bands is None else inputs.groups
     source = source_bands(cut, linear.bands, groups)
@@ -183,7 +154,7 @@ def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
         (rows.data_ptr(), rows.stride(0), band.bits, band.size) for band, rows in zip(linear.bands, stored, strict=True)
     ]
     scale = linear.scale.contiguous()
-    bias = None if linear.bias is None else linear.bias.to(torch.float32).contiguous()
+    bias = float_bias(linear.bias, CPU)
     out, size = linear.shape
     base = 0 if bias is None else bias.data_ptr()
     threads = torch.get_num_threads()

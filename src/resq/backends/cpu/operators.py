@@ -10,7 +10,6 @@ from torch import Tensor
 from resq.backends.backend import Activations, Backend
 from resq.backends.cpu.cache import Cache
 from resq.backends.cpu.formats import (
-    DenseWeight,
     PackedWeight,
     Weight,
     native_format,
@@ -19,6 +18,8 @@ from resq.backends.cpu.formats import (
     prepack,
 )
 from resq.backends.cpu.native import module, unusable
+from resq.backends.dense import FLOATS, DenseWeight
+from resq.backends.fits import check_cut, check_heads, check_queries
 from resq.errors import InputError
 from resq.numerics.affine import Quantized
 from resq.numerics.bands import Bands
@@ -187,18 +188,10 @@ def linears(x: Activations, weights: Sequence[Weight], onto: Tensor | None = Non
         module().float_linears(threads, values.data_ptr(), n, rows, targets)
         return outs
     for weight in packed:
-        _check_cut(x, weight)
+        check_cut(x, weight.inputs, weight.groups)
     q, scale, zero = x.addresses
     module().linears(threads, q, x.ld, scale, zero, x.ranges, rows, targets)
     return outs
-
-
-def _check_cut(x: Quantized, weight: PackedWeight) -> None:
-    if x.groups != weight.groups or (x.bands is not weight.inputs and x.bands != weight.inputs):
-        raise InputError(
-            f"this weight was prepacked for activations of bands {weight.inputs.pairs} in {weight.groups} groups, got "
-            f"{x.bands.pairs} in {x.groups}; give prepack the format of the activations"
-        )
 
 
 def _dense(x: Tensor, weight: DenseWeight, onto: Tensor | None) -> Tensor:
@@ -207,7 +200,7 @@ def _dense(x: Tensor, weight: DenseWeight, onto: Tensor | None) -> Tensor:
     module().dense(
         torch.get_num_threads(),
         weight.weight.data_ptr(),
-        weight.element,
+        FLOATS.index(weight.weight.dtype),
         weight.weight.stride(0),
         weight.out,
         weight.size,
@@ -225,7 +218,7 @@ def _dense(x: Tensor, weight: DenseWeight, onto: Tensor | None) -> Tensor:
 
 def accumulate(x: Quantized, weight: PackedWeight) -> Tensor:
     """Σ (q_x - z_x) q_w of every (weight band, group), int32 [rows, segments, out]: the exact part of a linear."""
-    _check_cut(x, weight)
+    check_cut(x, weight.inputs, weight.groups)
     x = _rows(x)
     q, scale, zero = x.addresses
     sums = torch.empty(x.rows, weight.handle.segments, weight.out, dtype=torch.int32)
@@ -239,16 +232,8 @@ def rope_project_append(
     """Each head's norm, RoPE, maps, rounding, append: q [b, t, H, h], k and v [b, t, G, h] -> projected q."""
     q, k, v, cos, sin = _floats(q), _floats(k), _floats(v), _floats(cos), _floats(sin)
     (batch, tokens, heads, size), kv_heads = q.shape, k.shape[2]
-    fit = k.shape == v.shape == (batch, tokens, kv_heads, size) and cos.shape == sin.shape == (batch, tokens, size)
-    if not fit or size % 2:
-        shapes = ", ".join(
-            f"{name} {list(each.shape)}"
-            for name, each in zip(["q", "k", "v", "cos", "sin"], (q, k, v, cos, sin), strict=True)
-        )
-        raise InputError(f"queries, keys, values and RoPE tables do not fit together: {shapes}")
     heads_of = native_heads(formats)
-    if not heads_of.sizes <= {0, size}:
-        raise InputError(f"formats of heads of {sorted(heads_of.sizes - {0})} coordinates cannot take heads of {size}")
+    check_heads(q, k, v, cos, sin, heads_of.sizes)
     position = cache.extend(batch, kv_heads, size, tokens)
     out = torch.empty_like(q)
     module().rope_append(
@@ -280,11 +265,8 @@ def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window:
     q = _floats(q)
     batch, tokens, heads, size = q.shape
     keys = cache.keys.data
-    if keys is None or tokens > cache.length or keys.shape[0] != batch or heads % keys.shape[1] or size != cache.size:
-        held = "nothing" if keys is None else f"{keys.shape[0]} rows of {cache.length} tokens, {keys.shape[1]} heads"
-        raise InputError(f"queries {list(q.shape)} do not fit a cache of {held} of {cache.size} coordinates")
-    if starts is not None and starts.shape != (batch,):
-        raise InputError(f"starts {list(starts.shape)} do not fit a batch of {batch}; one first slot per row is needed")
+    check_queries(q, None if keys is None else (keys.shape[0], keys.shape[1]), cache.length, cache.size, starts)
+    assert keys is not None
     out = torch.empty(batch, tokens, heads * size)
     first = None if starts is None else starts.to(torch.int64).contiguous()
     module().attend(

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 
+from resq.backends.fits import check_heads, check_queries
 from resq.backends.kept import Kept
+from resq.backends.reference import allowed
 from resq.backends.triton.cache import NO_PLACES, Cache, Store
 from resq.backends.triton.configs import chosen
 from resq.backends.triton.device import DEVICE, target
@@ -93,12 +95,10 @@ def _how(format: ActivationFormat, norm: Norm | None, size: int, *, turn: bool) 
     return size, columns, norm is not None, turn, format.map_input_bits or 0, min(32, columns), half
 
 
-def _check_sizes(formats: HeadFormats, size: int) -> None:
-    sizes = {_made(each).size for each in (formats.query, formats.key, formats.value)}
+def _sizes(formats: HeadFormats) -> set[int]:
     norms = (formats.query_norm, formats.key_norm)
-    sizes |= {norm.gain.numel() for norm in norms if norm is not None and norm.gain is not None}
-    if not sizes <= {0, size}:
-        raise InputError(f"formats of heads of {sorted(sizes - {0})} coordinates cannot take heads of {size}")
+    gains = {norm.gain.numel() for norm in norms if norm is not None and norm.gain is not None}
+    return gains | {_made(each).size for each in (formats.query, formats.key, formats.value)}
 
 
 def rope_project_append(
@@ -107,14 +107,7 @@ def rope_project_append(
     """Each head's norm, RoPE, maps, rounding, append: q [b, t, H, h], k and v [b, t, G, h] -> projected q."""
     q, k, v = _heads(q), _heads(k), _heads(v)
     (batch, tokens, heads, size), kv_heads = q.shape, k.shape[2]
-    fit = k.shape == v.shape == (batch, tokens, kv_heads, size) and cos.shape == sin.shape == (batch, tokens, size)
-    if not fit or size % 2:
-        shapes = ", ".join(
-            f"{name} {list(each.shape)}"
-            for name, each in zip(["q", "k", "v", "cos", "sin"], (q, k, v, cos, sin), strict=True)
-        )
-        raise InputError(f"queries, keys, values and RoPE tables do not fit together: {shapes}")
-    _check_sizes(formats, size)
+    check_heads(q, k, v, cos, sin, _sizes(formats))
     cos, sin = cos.to(torch.float32).contiguous(), sin.to(torch.float32).contiguous()
     position = cache.extend(batch, kv_heads, size, tokens)
     out = torch.empty(batch, tokens, heads, size, device=DEVICE)
@@ -151,16 +144,11 @@ def rope_project_append(
 def attend(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:
     """Causal softmax attention of the last t cached tokens: q [b, t, H, h] -> [b, t, H·h]."""
     q = _heads(q)
-    batch, tokens, heads, size = q.shape
-    held = cache.shape
-    if held is None or tokens > cache.length or held[0] != batch or heads % held[1] or size != cache.size:
-        found = "nothing" if held is None else f"{held[0]} rows of {cache.length} tokens, {held[1]} heads"
-        raise InputError(f"queries {list(q.shape)} do not fit a cache of {found} of {cache.size} coordinates")
-    if starts is not None and starts.shape != (batch,):
-        raise InputError(f"starts {list(starts.shape)} do not fit a batch of {batch}; one first slot per row is needed")
+    check_queries(q, cache.shape, cache.length, cache.size, starts)
     starts = None if starts is None else starts.to(DEVICE, torch.int64)
     packed = cache.keys.places is not None and cache.values.places is not None
-    if packed and tokens <= FEW_TOKENS and tokens * (heads // held[1]) <= MOST_ROWS:
+    tokens, share = q.shape[1], q.shape[2] // cache.keys.planes[0].shape[1]
+    if packed and tokens <= FEW_TOKENS and tokens * share <= MOST_ROWS:
         return _decode(q, cache, scale, starts, window)
     return _prefill(q, cache, scale, starts, window)
 
@@ -211,19 +199,9 @@ def _decode(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window
 
 
 def _visible(first: int | Tensor, queries: slice, slots: slice, starts: Tensor | None, window: int | None) -> Tensor:
-    """Which of `slots` the queries may see, bool [b or 1, 1, queries, slots]; first: the slot of query 0.
-
-    A query always sees its own slot, so that a padded row stays finite.
-    """
-    query = torch.arange(queries.start, queries.stop, device=DEVICE)[:, None] + first
-    slot = torch.arange(slots.start, slots.stop, device=DEVICE)[None, :]
-    allowed = slot <= query
-    if window is not None:
-        allowed = allowed & (slot > query - window)
-    allowed = allowed[None, None]
-    if starts is not None:
-        allowed = allowed & (slot[None, None] >= starts[:, None, None, None])
-    return allowed | (slot == query)
+    """`allowed` for queries and slots by number; first: the slot of query 0."""
+    query, slot = (torch.arange(each.start, each.stop, device=DEVICE) for each in (queries, slots))
+    return allowed(query + first, slot, starts, window)
 
 
 def _prefill(q: Tensor, cache: Cache, scale: float, starts: Tensor | None, window: int | None) -> Tensor:

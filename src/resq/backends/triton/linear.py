@@ -12,6 +12,8 @@ from torch import Tensor
 
 from resq.backends.backend import Activations
 from resq.backends.cuts import source_bands
+from resq.backends.dense import DenseWeight, dense_weight, float_bias
+from resq.backends.fits import check_cut
 from resq.backends.triton.configs import chosen
 from resq.backends.triton.device import DEVICE, target
 from resq.backends.triton.kernels.dense import dense_rows, dense_tiles
@@ -25,7 +27,6 @@ from resq.numerics.formats import PLAIN, ActivationFormat
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 from resq.numerics.packing import unpack_signed
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # A group's bytes are a multiple of one of these, so that no block holds two groups: int8 tensor cores take 32 at once,
 # longer blocks are fetched better. The longest one that pads by at most a 32nd more than the shortest is taken.
 # A group of nibbles reads up to 2 · 128 - 1 coordinates beyond its end: rows.py's SLACK.
@@ -85,34 +86,7 @@ class PackedWeight:
         return sum(part.numel() * part.element_size() for part in held)
 
 
-@dataclass(frozen=True)
-class DenseWeight:
-    """Plain weights [out, in]; bias float32 or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-    @property
-    def out(self) -> int:
-        """Outputs."""
-        return self.weight.shape[0]
-
-    @property
-    def size(self) -> int:
-        """Inputs."""
-        return self.weight.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weights."""
-        return self.weight.numel() * self.weight.element_size()
-
-
 Weight = PackedWeight | DenseWeight
-
-
-def _on_device(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.to(DEVICE, torch.float32).contiguous()
 
 
 def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
@@ -122,16 +96,16 @@ def prepack(linear: Linear, inputs: ActivationFormat = PLAIN) -> Weight:
     Raises InputError when a band of the weights crosses one of the inputs.
     """
     if isinstance(linear, DenseLinear):
-        dtype = linear.weight.dtype if linear.weight.dtype in FLOATS else torch.float32
-        weight = linear.weight.to(DEVICE, dtype)
-        return DenseWeight(weight if weight.stride(-1) == 1 else weight.contiguous(), _on_device(linear.bias))
+        return dense_weight(linear, DEVICE)
     cut = linear.bands if inputs.bands is None else inputs.bands
     groups = 1 if inputs.bands is None else inputs.groups
     panels = _panels(linear.bands, cut, source_bands(cut, linear.bands, groups), groups)
     packed, sums = _repacked(linear, panels, groups)
     units = torch.tensor([1 / 16 if panel.nibbles else 1.0 for panel in panels], device=DEVICE)
     scale = linear.scale.to(DEVICE, torch.float32).T * units[:, None]
-    return PackedWeight(packed, sums, scale.contiguous(), _on_device(linear.bias), linear.shape[1], cut, groups, panels)
+    return PackedWeight(
+        packed, sums, scale.contiguous(), float_bias(linear.bias, DEVICE), linear.shape[1], cut, groups, panels
+    )
 
 
 def _panels(bands: Bands, inputs: Bands, source: list[int], groups: int) -> tuple[Panel, ...]:
@@ -235,7 +209,7 @@ def linears(x: Activations, weights: Sequence[Weight], onto: Tensor | None = Non
         if weight.size != n:
             raise InputError(f"a linear of {weight.size} inputs cannot take an activation of {n} coordinates")
         if isinstance(x, Rows) and isinstance(weight, PackedWeight):
-            _check_cut(x, weight)
+            check_cut(x, weight.inputs, weight.groups)
     if not weights:
         return []
     if onto is not None and onto.shape != (*lead, weights[0].out):
@@ -263,14 +237,6 @@ def _floats(x: Tensor) -> Tensor:
     """float32 [rows, n], contiguous in a row."""
     flat = x.to(torch.float32).flatten(0, -2) if x.dim() != 1 else x.to(torch.float32)[None]
     return flat if flat.stride(-1) == 1 else flat.contiguous()
-
-
-def _check_cut(x: Quantized, weight: PackedWeight) -> None:
-    if x.groups != weight.groups or (x.bands is not weight.inputs and x.bands != weight.inputs):
-        raise InputError(
-            f"this weight was prepacked for activations of bands {weight.inputs.pairs} in {weight.groups} groups, got "
-            f"{x.bands.pairs} in {x.groups}; give prepack the format of the activations"
-        )
 
 
 @lru_cache
@@ -345,7 +311,7 @@ def _packed(x: Rows, weight: PackedWeight, out: Tensor, onto: Tensor | None, *, 
 
 def accumulate(x: Quantized, weight: PackedWeight) -> Tensor:
     """Σ (q_x - z_x) q_w of every (weight band, group), int32 [rows, segments, out]: the exact part of a linear."""
-    _check_cut(x, weight)
+    check_cut(x, weight.inputs, weight.groups)
     x = rows_of(x)
     sums = torch.empty(x.rows, weight.sums.shape[0], weight.out, dtype=torch.int32, device=DEVICE)
     _packed(x, weight, sums, None, integers=True)
