@@ -9,13 +9,12 @@ document; every fiftieth document is held out.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from resq.models.text import read_documents, tokenize
-from train_tiny import Setup, run, train_tokenizer
+from train_tiny import Setup, parser_of, run, train_tokenizer
 
 SIZES: dict[str, Any] = {
     "hidden_size": 512,
@@ -59,16 +58,10 @@ def first(texts: Sequence[str], characters: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="new directory for the model")
+    parser = parser_of(__doc__, tokens=100_000_000, device="cuda")
     parser.add_argument("text", type=Path, nargs="+", help="text or .jsonl files")
     parser.add_argument("--family", choices=FAMILIES, default="llama")
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens to train on (default 100 million)")
-    parser.add_argument("--device", default="cuda", help="cuda, cpu, …")
-    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.out.exists():
-        parser.error(f"{args.out} exists already; choose another place")
     setup = setup_of(args.family)
     documents = [text for file in args.text for text in read_documents(file, None, evaluation=False)]
     texts, held_out = split(documents)

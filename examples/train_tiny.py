@@ -165,15 +165,25 @@ def fill(model: Any, tokenizer: Any, work: Path, facts: dict[str, Any]) -> None:
         file.chmod(0o644)  # safetensors makes files that only their owner can read
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="new directory for the model")
-    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens to train on (default 8 million)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, …")
+def parser_of(description: str | None, *, tokens: int, device: str) -> argparse.ArgumentParser:
+    """What every training takes, with its defaults."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=new_directory, help="new directory for the model")
+    parser.add_argument("--tokens", type=int, default=tokens, help=f"tokens to train on (default {tokens:,})")
+    parser.add_argument("--device", default=device, help="cpu, cuda, …")
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.out.exists():
-        parser.error(f"{args.out} exists already; choose another place")
+    return parser
+
+
+def new_directory(name: str) -> Path:
+    """A path where nothing is yet."""
+    if Path(name).exists():
+        raise argparse.ArgumentTypeError(f"{name} exists already; choose another place")
+    return Path(name)
+
+
+def main() -> None:
+    args = parser_of(__doc__, tokens=8_000_000, device="cpu").parse_args()
     texts = documents(evaluation=False)
     tokenizer = train_tokenizer(texts)
     train_tokens = tokenize(texts, tokenizer)
