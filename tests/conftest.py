@@ -81,14 +81,26 @@ class Kept:
     layers: list[Parts]
     ends: EndParts | None = None
 
-    def add_ends(self, names: Mapping[str, str], parts: EndParts) -> None:
+    has_ends = False
+
+    @property
+    def finished(self) -> int:
+        return len(self.layers)
+
+    def told(self, name: str) -> dict[str, Any]:
+        assert self.ends is not None
+        return {"dtype": str(self.ends.embed.dtype).removeprefix("torch.")}
+
+    def restart(self, layer: int) -> None:
+        del self.layers[layer:]
+
+    def add_ends(self, names: Mapping[str, str], parts: EndParts, *more: Any) -> None:
         self.ends = parts
 
-    def add_layer(self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts) -> None:
+    def add_layer(
+        self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts, *more: Any
+    ) -> None:
         self.layers.append(parts)
-
-    def add_golden(self, vectors: Mapping[str, Any]) -> None:
-        """What a checkpoint records of its own integers."""
 
 
 def byte_tokenizer(directory: Path, *, chat: bool = False) -> None:

@@ -21,12 +21,15 @@ from resq.models import decoder
 from resq.models.source import Source
 from resq.models.text import all_windows, load_tokenizer, sampled_windows
 from resq.numerics.linear import DenseLinear
+from resq.numerics.moments import Leaves
 from resq.progress import silent
+from resq.ptq.activations import Buffers
 from resq.ptq.basis.fixed import GatherHeads, hadamard
 from resq.ptq.basis.pca import pca, randomised_hadamard
 from resq.ptq.clipping import ClipSearch
+from resq.ptq.layers import Flow, round_layer
 from resq.ptq.learning import learn_rotations
-from resq.ptq.pipeline import Job, round_layer, tuned_maps
+from resq.ptq.pipeline import Job, tuned_maps
 from resq.ptq.placement import Placement
 from resq.ptq.recipe import Recipe, Site
 from resq.ptq.recipes import RESQ, RESQ_PLUS
@@ -87,12 +90,13 @@ def losses(recipe: Recipe, model: str) -> dict[str, float]:
     placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
     ends = placement.ends(source.ends(), keep_tied=True)
     table = ends.embed.to(torch.bfloat16)
-    hidden = [table[window[None]].float() for window in tokens[:ROUNDING_WINDOWS]]
-    exact = [ends.embed[window[None]].float() for window in tokens[:ROUNDING_WINDOWS]] if recipe.corrects else []
+    chosen, keep = tokens[:ROUNDING_WINDOWS], Buffers().keep
+    hidden = keep((table[window[None]].float() for window in chosen), len(chosen))
+    exact = keep((ends.embed[window[None]].float() for window in chosen), len(chosen))
     layers = []
     for index in range(shape.layers):
         layer = placement.layer(source.layer(index), index)
-        stored = round_layer(shape, layer, recipe, hidden, exact, [], index, silent)
+        stored, _ = round_layer(shape, layer, recipe, index, hidden, exact, Flow(Leaves(len(hidden))))
         layers.append(replace(stored, linears={role: linear.dense() for role, linear in stored.linears.items()}))
     ends = replace(ends, embed=table.float(), head=DenseLinear(table.float()))
     deltas, divergences = [], []

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from resq import embedded
 from resq._version import __version__
 from resq.backends.reference import dense
-from resq.checkpoint.files import CheckpointWriter, check_free, sha256_of
 from resq.checkpoint.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     CalibrationEntry,
+    FileEntry,
     Manifest,
     RecipeEntry,
     SourceEntry,
     StatisticsEntry,
     TextEntry,
 )
+from resq.checkpoint.work import WorkDirectory, work_path
+from resq.checkpoint.writer import CheckpointWriter
+from resq.durable import check_free, sha256_of
 from resq.errors import InputError
 from resq.measure.card import model_card
 from resq.measure.rows import processor
@@ -36,10 +42,14 @@ from resq.numerics.device import full_float32
 from resq.numerics.moments import Leaves
 from resq.progress import Progress, silent
 from resq.ptq import statistics_file
-from resq.ptq.pipeline import Job, LinearReport
+from resq.ptq.activations import Buffers, Place
+from resq.ptq.layers import LinearReport
+from resq.ptq.pipeline import Job, Outcome
 from resq.ptq.pipeline import quantize as run_pipeline
-from resq.ptq.recipe import Recipe, Setting, Statistic
+from resq.ptq.ranks import joined
+from resq.ptq.recipe import Moments, Recipe, Setting, Statistic
 from resq.ptq.recipes import recipe_named
+from resq.ptq.resume import Position
 from resq.ptq.statistics import gather
 from resq.ptq.statistics_file import Calibration, Header, Sizes, Statistics, source_files
 
@@ -82,6 +92,14 @@ def chosen_recipe(name: str | Recipe, bits: int | None, head_bits: float | None)
     if head_bits is not None:
         precision = precision.with_head(head_bits)
     return replace(recipe, precision=precision)
+
+
+def chosen_activations(given: str) -> Place:
+    """Where hidden states lie. Raises InputError for another word."""
+    try:
+        return Place(given)
+    except ValueError:
+        raise InputError(f"--activations {given!r} is none of {', '.join(Place)}") from None
 
 
 def chosen_device(given: str | torch.device) -> torch.device:
@@ -129,6 +147,8 @@ def quantize(
     untie: bool = False,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    activations: str = "device",
+    resume: bool = False,
     progress: Progress = silent,
 ) -> Result:
     """Quantize a Hugging Face checkpoint (directory or hub id) into the new directory `out`.
@@ -142,81 +162,185 @@ def quantize(
     them are its own, and the calibration text is needed only where rounding or tuning looks at it. bits: the low band,
     default the recipe's (4). head_bits: 16 (the recipes' default) keeps lm_head unrounded, and a tied head on the
     embedding table unless `untie`; 8 and 4.5 round it, and its input to 8. device: what computes, `cpu`, `cuda` or one
-    card of several (`cuda:1`); a seed draws the same on each, float sums differ in their last digits.
-    Raises InputError, a ValueError, for anything given that cannot be used; `out` then does not exist.
+    card of several (`cuda:1`); a seed draws the same on each, float sums differ in their last digits. activations:
+    where the windows' hidden states lie, on the `device`, in `memory`, or on `disk`. resume: go on with a job that was
+    stopped, from its last finished layer, to the same bits; starts one where there is none. Under torchrun all
+    processes share the work, the first writes.
+    Raises InputError, a ValueError, for anything given that cannot be used, or a job that was begun with other inputs;
+    `out` then does not exist, and what is finished of it is kept beside it for `resume`.
     """
-    started = time.perf_counter()
+    started, out = time.perf_counter(), Path(out)
     method = chosen_recipe(recipe, bits, head_bits)
-    place = chosen_device(device)
-    stored, used = None, None
-    if statistics is not None:
-        stored = statistics_file.read(Path(statistics))
-        used = StatisticsEntry(sha256=sha256_of(Path(statistics)), device=stored.header.device)
-        windows, window_length = _windows_of(str(statistics), stored.header, method, windows, window_length)
+    kept_at = chosen_activations(activations)
+    with joined(chosen_device(device)) as (ranks, place):
+        progress = progress if ranks.first else silent
+        stored = None if statistics is None or not ranks.first else statistics_file.read(Path(statistics))
+        given = _Given(calibration, statistics, windows, rounding_windows, window_length, seed)
+        if ranks.first:
+            check_free(out)
+        model = Source.open(source)
+        task = ranks.from_first(lambda: _task(method, model, given, stored, place, progress))
+        keep_tied = model.shape.tied and method.precision.head is None and not untie
+        with ExitStack() as held:
+            work = None
+            if ranks.first:
+                inputs = {**task.inputs(method, keep_tied=keep_tied), "seed": seed, "device": place.type}
+                work = held.enter_context(WorkDirectory(out, inputs, resume=resume))
+            directory = ranks.from_first(lambda: work_path(out))
+            directory.mkdir(parents=True, exist_ok=True)  # on another machine than the first process's
+            moments = None if stored is None else stored.moments(method.needs)
+            if task.has_statistics and moments is None:
+                moments = Moments(task.calibrated_tokens)
+            job = Job(
+                recipe=method,
+                tokens=task.tokens,
+                rounding_windows=task.rounding_windows,
+                seed=seed,
+                keep_tied=keep_tied,
+                device=place,
+                moments=moments,
+                buffers=Buffers(kept_at, place, directory),
+                position=Position(directory, work, ranks),
+            )
+            writer = None if work is None else CheckpointWriter(work)
+            if work is not None and work.resumed:
+                assert writer is not None
+                progress(f"resumed after layer {writer.finished} of {model.shape.layers}", 1, 1)
+            try:
+                outcome = run_pipeline(model, job, writer, progress)
+            except torch.OutOfMemoryError as error:
+                other = "memory" if kept_at is Place.DEVICE and place.type != "cpu" else "disk"
+                raise InputError(
+                    f"{place} ran out of memory, which must hold one layer, its Hessians and with --activations "
+                    f"{kept_at} the calibration windows ({task.tokens.numel()} tokens); use --activations {other}, or "
+                    "fewer or shorter windows"
+                ) from error
+            manifest = ranks.from_first(lambda: _finished(writer, model, method, task, job, outcome, stored))
+        if not ranks.first:
+            shutil.rmtree(directory, ignore_errors=True)
+    return Result(out, manifest, outcome.linears, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What was asked for of the calibration; see `quantize`."""
+
+    calibration: str | Path | Sequence[str | Path]
+    statistics: str | Path | None
+    windows: int | None
+    rounding_windows: int | None
+    window_length: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What was read and checked before the work: hashes of the source and when it was written, the calibration's tokens
+    int64 [windows, length] (none where nothing looks at any) and what the manifest says of it."""
+
+    files: dict[str, FileEntry]
+    stamps: list[tuple[int, int]]
+    tokens: Tensor
+    rounding_windows: int
+    calibrated: CalibrationEntry | None
+    calibrated_tokens: int
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether the bases are fitted on a statistics file."""
+        return self.calibrated is not None and self.calibrated.statistics is not None
+
+    def inputs(self, method: Recipe, *, keep_tied: bool) -> dict[str, Any]:
+        """What decides the result beside the seed and the device, for `WorkDirectory`."""
+        calibration = None if self.calibrated is None else self.calibrated.model_dump(exclude={"origin", "texts"})
+        return {
+            "resq": __version__,
+            "source": {name: entry.sha256 for name, entry in self.files.items()},
+            "recipe": method.describe(),
+            "calibration": calibration,
+            "rounding windows": self.rounding_windows,
+            "tied head": keep_tied,
+        }
+
+
+def _task(
+    method: Recipe, model: Source, given: _Given, stored: Statistics | None, place: torch.device, progress: Progress
+) -> _Task:
+    """Read and check everything that the work starts from. Raises InputError."""
+    windows, window_length, used, file = given.windows, given.window_length, None, str(given.statistics)
+    if stored is not None:
+        used = StatisticsEntry(sha256=sha256_of(Path(file)), device=stored.header.device)
+        windows, window_length = _windows_of(file, stored.header, method, windows, window_length)
     count = _counted(windows)
-    rounding = min(DEFAULT_ROUNDING_WINDOWS, count) if rounding_windows is None else rounding_windows
+    rounding = min(DEFAULT_ROUNDING_WINDOWS, count) if given.rounding_windows is None else given.rounding_windows
     if not 1 <= rounding <= count:
         raise InputError(f"--rounding-windows {rounding} must lie in 1 … {count}, the number of --windows")
-    out = Path(out)
-    check_free(out)
-    model = Source.open(source)
-    tokenizer, files = load_tokenizer(model.path), _texts(model, calibration)
-    hashed = None
-    if stored is not None:
-        hashed = source_files(model, progress)
-        statistics_file.check_fit(str(statistics), stored.header, hashed, method.needs)
+    tokenizer, files = load_tokenizer(model.path), _texts(model, given.calibration)
     looks = method.needs_windows or bool(method.tuning)
-    windows_seed = seed if stored is None else stored.header.calibration.seed
+    seed = given.seed if stored is None else stored.header.calibration.seed
     chosen, texts = None, []
     if looks or (stored is None and method.needs) or (stored is not None and files):
-        chosen = _windows(model, tokenizer, files, count, window_length, windows_seed, progress)
-        texts = [TextEntry(name=str(file), sha256=text_sha256(file)) for file in files]
+        chosen = _windows(model, tokenizer, files, count, window_length, seed, progress)
+        texts = [TextEntry(name=str(each), sha256=text_sha256(each)) for each in files]
         if stored is not None and chosen.sha256 != stored.header.calibration.tokens_sha256:
             raise InputError(
-                f"--calibration gives other windows than {statistics} was made of (sha256 of their tokens differs); "
-                f"give its text, {stored.header.calibration.origin}"
+                f"--calibration gives other windows than {file} was made of (sha256 of their tokens differs); give its "
+                f"text, {stored.header.calibration.origin}"
             )
-    calibrated = _calibration_entry(stored, chosen, count, rounding if method.needs_windows else 0, place)
-    if calibrated is not None:
-        calibrated = calibrated.model_copy(update={"seed": windows_seed, "texts": texts, "statistics": used})
-    setting = Setting(model.shape, method.precision, seed, place)
-    keep_tied = model.shape.tied and method.precision.head is None and not untie
-    with CheckpointWriter(out) as writer:
-        tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
-        try:
-            moments = None if stored is None else stored.moments(method.needs)
-            job = Job(method, tokens, rounding, seed, keep_tied, place, moments)
-            outcome = run_pipeline(model, job, writer, progress)
-        except torch.OutOfMemoryError as error:
-            raise InputError(
-                f"{place} ran out of memory, which must hold one layer and all calibration windows ({tokens.numel()} "
-                "tokens); use fewer or shorter windows, or --device cpu"
-            ) from error
-        hashed = source_files(model, progress) if hashed is None else hashed
-        _copy_files(model, writer)
-        header = {
-            "made_by": made_by(place),
-            "recipe": RecipeEntry(**method.describe(), seed=seed),
-            "source": SourceEntry(
-                name=model.name,
-                model_type=model.config["model_type"],
-                dtype=model.dtype,
-                bytes=model.nbytes,
-                parameters=model.parameters(),
-                tied=model.shape.tied,
-                sha256={file: entry.sha256 for file, entry in hashed.items()},
-            ),
-            "calibration": calibrated,
-            "notes": [
-                *(note for basis in method.basis for note in basis.notes(setting)),
-                *outcome.notes,
-                *damping_notes(outcome.linears),
-                *([] if stored is None else device_notes(stored.header, place)),
-            ],
-        }
-        writer.add_text("README.md", model_card(header, out.name, hub="/" in str(source) and not Path(source).exists()))
-        manifest = writer.close(**header)
-    return Result(out, manifest, outcome.linears, time.perf_counter() - started)
+    stamps, hashed = _stamps(model), source_files(model, progress)
+    if stored is not None:
+        statistics_file.check_fit(file, stored.header, hashed, method.needs)
+    entry = _calibration_entry(stored, chosen, count, rounding if method.needs_windows else 0, place)
+    if entry is not None:
+        entry = entry.model_copy(update={"seed": seed, "texts": texts, "statistics": used})
+    tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
+    return _Task(hashed, stamps, tokens, rounding, entry, 0 if entry is None else entry.windows * entry.window_length)
+
+
+def _stamps(model: Source) -> list[tuple[int, int]]:
+    """Bytes and time of writing of the weight files, by name."""
+    stats = [(model.path / file).stat() for file in model.shards]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def _finished(
+    writer: CheckpointWriter | None,
+    model: Source,
+    method: Recipe,
+    task: _Task,
+    job: Job,
+    outcome: Outcome,
+    stored: Statistics | None,
+) -> Manifest:
+    """Write what is not tensors, and give the checkpoint its place."""
+    assert writer is not None
+    if _stamps(model) != task.stamps:
+        raise InputError(f"files of {model.name} changed while it was quantized; start again with the files at rest")
+    _copy_files(model, writer)
+    setting = Setting(model.shape, method.precision, job.seed, job.device)
+    header = {
+        "made_by": made_by(job.device),
+        "recipe": RecipeEntry(**method.describe(), seed=job.seed),
+        "source": SourceEntry(
+            name=model.name,
+            model_type=model.config["model_type"],
+            dtype=model.dtype,
+            bytes=model.nbytes,
+            parameters=model.parameters(),
+            tied=model.shape.tied,
+            sha256={file: entry.sha256 for file, entry in task.files.items()},
+        ),
+        "calibration": task.calibrated,
+        "notes": [
+            *(note for basis in method.basis for note in basis.notes(setting)),
+            *outcome.notes,
+            *rounding_notes(outcome.linears),
+            *([] if stored is None else device_notes(stored.header, job.device)),
+        ],
+    }
+    hub = "/" in model.name and not Path(model.name).exists()
+    writer.add_text("README.md", model_card(header, writer.work.out.name, hub=hub))
+    return writer.close(**header)
 
 
 @torch.inference_mode()
@@ -297,11 +421,20 @@ def merge(shards: Sequence[str | Path], out: str | Path, *, progress: Progress =
     return merged.header
 
 
-def damping_notes(reports: Sequence[LinearReport]) -> list[str]:
-    """A line for each linear whose Hessian took more damping than the first of its kind: remarks for the manifest."""
+def rounding_notes(reports: Sequence[LinearReport]) -> list[str]:
+    """Remarks for the manifest: each linear whose Hessian took more damping than the first of its kind, inputs that
+    calibration never reached, rows without a weight."""
     least = min((report.damping for report in reports if report.damping is not None), default=0.0)
-    raised = [report for report in reports if report.damping is not None and report.damping > least]
-    return [f"layer {report.layer} {report.role}: Cholesky needed damping {report.damping:g}" for report in raised]
+    notes = []
+    for report in reports:
+        name = f"layer {report.layer} {report.role}"
+        if report.damping is not None and report.damping > least:
+            notes.append(f"{name}: Cholesky needed damping {report.damping:g}")
+        if report.dead_inputs:
+            notes.append(f"{name}: {report.dead_inputs} inputs are 0 on every calibration token")
+        if report.zero_rows:
+            notes.append(f"{name}: {report.zero_rows} rows are 0")
+    return notes
 
 
 def device_notes(header: Header, place: torch.device) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import secrets
 import shutil
 import statistics
 import time
@@ -19,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from resq.api import DEFAULT_WINDOWS, chosen_recipe, quantize
 from resq.backends.backend import wait
+from resq.durable import beside
 from resq.measure.ledger import Ledger, ledger
 from resq.measure.perplexity import Interval, Streamed, open_streamed, perplexity
 from resq.measure.rows import provenance, write_json
@@ -165,12 +165,12 @@ class Job:
 @contextmanager
 def in_one_piece(folder: Path) -> Iterator[Path]:
     """A hidden directory beside `folder` that takes its place when the block ends well, and is removed when not."""
-    work = folder.parent / f".{folder.name}.partial-{secrets.token_hex(4)}"
+    work = beside(folder)
     work.mkdir()
     try:
         yield work
         if folder.exists():
-            old = folder.parent / f".{folder.name}.old-{secrets.token_hex(4)}"
+            old = beside(folder)
             folder.rename(old)
             shutil.rmtree(old)
         work.rename(folder)

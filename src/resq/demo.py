@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from resq import embedded
-from resq.checkpoint.files import check_free
 from resq.compare import Comparison, Plan, Row, compare
+from resq.durable import beside, check_free
 from resq.errors import InputError
 from resq.progress import Progress, silent
 from resq.ptq.recipes import RECIPES
@@ -69,7 +68,7 @@ def workplace(out: Path | None) -> Iterator[Path]:
             yield Path(work)
         return
     check_free(out)
-    work = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+    work = beside(out)
     work.mkdir(parents=True)
     try:
         yield work

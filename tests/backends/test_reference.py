@@ -25,7 +25,7 @@ from resq.backends.reference import (
     straight_through,
     visible,
 )
-from resq.checkpoint.files import CheckpointWriter
+from resq.checkpoint.writer import CheckpointWriter
 from resq.errors import InputError
 from resq.models import decoder
 from resq.models.architecture import Shape

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from resq.checkpoint.files import CheckpointWriter, EndParts, Parts
-from resq.checkpoint.manifest import CalibrationEntry, RecipeEntry, SourceEntry
+from resq.checkpoint.files import EndParts, Parts
+from resq.checkpoint.golden import Golden
+from resq.checkpoint.manifest import CalibrationEntry, Manifest, RecipeEntry, SourceEntry
+from resq.checkpoint.work import WorkDirectory
+from resq.checkpoint.writer import CheckpointWriter
 from resq.numerics import hadamard
 from resq.numerics.bands import Bands
 from resq.numerics.formats import PLAIN, ActivationFormat, HeadFormats, Norm
@@ -93,20 +97,37 @@ def header() -> dict[str, Any]:
     }
 
 
-def fill(writer: CheckpointWriter, *, tied: bool = True) -> None:
+def fill(writer: CheckpointWriter, *, tied: bool = True, golden: Golden | None = None) -> None:
     """Everything but `close`."""
     writer.add_ends(END_NAMES, end_parts(tied=tied))
     for index in range(LAYERS):
-        writer.add_layer(index, LAYERS, f"model.layers.{index}", NAMES, layer_parts(index))
+        prefix = f"model.layers.{index}"
+        vectors = {} if golden is None else {f"{prefix}.{NAMES['q']}": golden}
+        writer.add_layer(index, LAYERS, prefix, NAMES, layer_parts(index), vectors)
+
+
+def stopped(out: Path, inputs: Mapping[str, Any] | None = None, golden: Golden | None = None) -> WorkDirectory:
+    """Work on a checkpoint that was interrupted when all layers were written."""
+    with suppress(KeyboardInterrupt), WorkDirectory(out, inputs or {}) as work:
+        fill(CheckpointWriter(work), golden=golden)
+        raise KeyboardInterrupt
+    return work
+
+
+def write(out: Path, before_close: Callable[[Path], None] = lambda work: None, *, tied: bool = True) -> Manifest:
+    """A whole checkpoint; `before_close` is told the hidden directory once everything else is written."""
+    with WorkDirectory(out, {}) as work:
+        writer = CheckpointWriter(work)
+        fill(writer, tied=tied)
+        before_close(work.path)
+        return writer.close(**header())
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> Path:
     """A checkpoint directory to read or to damage."""
     out = tmp_path / "packed"
-    with CheckpointWriter(out) as writer:
-        fill(writer)
-        writer.close(**header())
+    write(out)
     return out
 
 

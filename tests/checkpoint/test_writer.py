@@ -13,15 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from tests.checkpoint.conftest import LAYERS, end_parts, fill, header, layer_parts
+from tests.checkpoint.conftest import LAYERS, end_parts, header, layer_parts, stopped, write
 
-from resq.checkpoint import files
-from resq.checkpoint.files import CheckpointReader, CheckpointWriter, layer_file
+from resq.checkpoint import writer as writing
+from resq.checkpoint.files import CheckpointReader, layer_file
+from resq.checkpoint.golden import Golden, golden_input
 from resq.checkpoint.manifest import read_manifest
+from resq.checkpoint.work import WorkDirectory
+from resq.checkpoint.writer import CheckpointWriter
 from resq.errors import InputError
+from resq.numerics.bands import Bands
 from resq.numerics.linear import DenseLinear
 from resq.numerics.maps import Dense
 
@@ -45,9 +50,7 @@ def names_in(directory: Path) -> list[str]:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_reading_gives_back_what_was_written(tmp_path: Path, tied: bool) -> None:
-    with CheckpointWriter(tmp_path / "packed") as writer:
-        fill(writer, tied=tied)
-        manifest = writer.close(**header())
+    manifest = write(tmp_path / "packed", tied=tied)
     reader = CheckpointReader(tmp_path / "packed")
     assert reader.manifest == read_manifest(tmp_path / "packed") == manifest
     assert same(reader.ends(), end_parts(tied=tied))
@@ -110,41 +113,79 @@ def test_all_files_are_as_readable_as_the_directory(written: Path) -> None:
     assert {file.stat().st_mode & 0o777 for file in written.glob("*.safetensors")} == {want}
 
 
-def write(out: Path, before_close: Callable[[Path], None] = lambda work: None) -> None:
-    """A whole checkpoint; `before_close` is told the hidden directory once everything else is written."""
-    with CheckpointWriter(out) as writer:
-        fill(writer)
-        (work,) = out.parent.glob(f".{out.name}.partial-*")
-        before_close(work)
-        writer.close(**header())
-
-
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
-def test_an_interrupted_checkpoint_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+def test_what_was_finished_is_kept_and_the_error_says_so(tmp_path: Path, error: type[BaseException]) -> None:
     def fail(work: Path) -> None:
         assert names_in(tmp_path)[0] == work.name
         assert not (tmp_path / "packed").exists()
         raise error
 
-    with pytest.raises(error):
+    with pytest.raises(error) as caught:
         write(tmp_path / "packed", fail)
+    assert caught.value.__notes__ == ["what is finished is kept: go on with --resume"]
+    with WorkDirectory(tmp_path / "packed", {}, resume=True) as work:
+        writer = CheckpointWriter(work)
+        assert writer.has_ends
+        assert writer.finished == LAYERS
+        writer.close(**header())
+    assert [file.name for file in tmp_path.iterdir()] == ["packed"]
+    write(tmp_path / "straight")
+    for file in (tmp_path / "straight").iterdir():
+        assert file.read_bytes() == (tmp_path / "packed" / file.name).read_bytes()
+
+
+def test_a_job_that_finished_nothing_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError), WorkDirectory(tmp_path / "packed", {}):
+        raise ValueError
     assert names_in(tmp_path) == []
 
 
-def test_a_checkpoint_that_was_not_closed_leaves_nothing(tmp_path: Path) -> None:
-    with CheckpointWriter(tmp_path / "packed") as writer:
-        fill(writer)
-    assert names_in(tmp_path) == []
+def test_work_is_refused_without_resume_with_other_inputs_and_twice(tmp_path: Path) -> None:
+    out, inputs = tmp_path / "packed", {"seed": 1, "source": {"config.json": "a" * 64}, "recipe": {"name": "resq"}}
+    with WorkDirectory(out, inputs), pytest.raises(InputError, match="packed is being made by another process"):
+        WorkDirectory(out, inputs)
+    stopped(out, inputs)
+    with pytest.raises(InputError, match=r"was begun and not finished; go on with --resume, or remove .*\.partial$"):
+        WorkDirectory(out, inputs)
+    other = {"seed": 2, "source": {"config.json": "b" * 64}, "recipe": {"name": "rtn"}}
+    with pytest.raises(
+        InputError, match=r"seed is 2, was 1; source config.json differs; recipe name is rtn, was resq;"
+    ):
+        WorkDirectory(out, other, resume=True)
+    with WorkDirectory(out, inputs, resume=True) as work:
+        assert work.resumed
+        assert CheckpointWriter(work).finished == LAYERS
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "gone", "golden"])
+def test_a_finished_layer_that_is_not_as_written_counts_as_not_finished(tmp_path: Path, damage: str) -> None:
+    bands = Bands.of((4, 6))
+    sums = torch.arange(4 * 1 * 3).view(4, 1, 3)
+    work = stopped(tmp_path / "packed", golden=Golden.of(golden_input(bands), sums))
+    file = work.checkpoint / layer_file(1, LAYERS) if damage != "golden" else work.file("golden-layer-1.safetensors")
+    content = file.read_bytes()
+    if damage == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1]))
+    with WorkDirectory(tmp_path / "packed", {}, resume=True) as again:
+        assert CheckpointWriter(again).finished == 1
 
 
 @pytest.mark.parametrize("stage", ["fsync", "rename"])
-def test_a_failing_close_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_failing_close_is_one_line_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
+    def break_it(work: Path) -> None:
+        monkeypatch.setattr(os if stage == "fsync" else Path, stage, fail)
+
     with pytest.raises(InputError, match=r"packed failed: .*Input/output error"):
-        write(tmp_path / "packed", lambda work: monkeypatch.setattr(files.os, stage, fail))
-    assert names_in(tmp_path) == []
+        write(tmp_path / "packed", break_it)
+    monkeypatch.undo()
+    with WorkDirectory(tmp_path / "packed", {}, resume=True) as work:
+        CheckpointWriter(work).close(**header())
+    assert [file.name for file in tmp_path.iterdir()] == ["packed"]
 
 
 def make_directory(out: Path) -> None:
@@ -163,7 +204,7 @@ def make_dangling_link(out: Path) -> None:
 def test_an_existing_output_is_refused_and_kept(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "packed")
     with pytest.raises(InputError, match=r"packed exists already; choose another --out or remove it first"):
-        CheckpointWriter(tmp_path / "packed")
+        WorkDirectory(tmp_path / "packed", {})
     assert names_in(tmp_path) == ["packed"]
 
 
@@ -174,33 +215,23 @@ def test_an_output_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="packed exists already"):
         write(tmp_path / "packed", appear)
-    assert names_in(tmp_path) == ["packed", "packed/other"]
-
-
-def test_what_a_killed_run_left_does_not_stop_the_next(tmp_path: Path) -> None:
-    CheckpointWriter(tmp_path / "packed")  # as if the process had been killed here; the process id comes back
-    left = names_in(tmp_path)
-    with CheckpointWriter(tmp_path / "packed") as writer:
-        fill(writer)
-        writer.close(**header())
-    assert left
-    assert [name for name in names_in(tmp_path) if "/" not in name] == [*left, "packed"]
+    assert [name for name in names_in(tmp_path) if not name.startswith(".")] == ["packed", "packed/other"]
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match=r"^cannot write to .*file.*: .*; choose another --out$"):
-        CheckpointWriter(tmp_path / "file" / "packed")
+        WorkDirectory(tmp_path / "file" / "packed", {})
 
 
 FULL = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left (os error 28)")]
 
 
 @pytest.mark.parametrize("error", FULL, ids=["os", "safetensors"])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
+def test_a_full_disk_is_one_line_and_the_job_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    real, files_written = files.save_file, []
+    real, files_written = safetensors.torch.save_file, []
 
     def third_fails(*given: Any, **more: Any) -> None:
         if len(files_written) == 2:
@@ -208,22 +239,14 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         files_written.append(given)
         real(*given, **more)
 
-    monkeypatch.setattr(files, "save_file", third_fails)
+    monkeypatch.setattr(safetensors.torch, "save_file", third_fails)
     with pytest.raises(InputError) as caught:
         write(tmp_path / "packed")
     assert str(caught.value).startswith(f"writing {tmp_path / 'packed'} failed: the disk is full")
     assert "\n" not in str(caught.value)
-    assert names_in(tmp_path) == []
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
-def test_a_text_that_meets_a_full_device_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
-    def fill_up(work: Path) -> None:
-        (work / "resq.json").symlink_to("/dev/full")
-
-    with pytest.raises(InputError, match="the disk is full; free some space"):
-        write(tmp_path / "packed", fill_up)
-    assert names_in(tmp_path) == []
+    monkeypatch.undo()
+    with WorkDirectory(tmp_path / "packed", {}, resume=True) as work:
+        assert CheckpointWriter(work).finished == 1
 
 
 ON_A_TINY_DISK = """
@@ -231,15 +254,17 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from resq.checkpoint.files import CheckpointWriter, EndParts
+from resq.checkpoint.files import EndParts
+from resq.checkpoint.work import WorkDirectory
+from resq.checkpoint.writer import CheckpointWriter
 from resq.errors import InputError
 from resq.numerics.formats import PLAIN, Norm
 from resq.numerics.linear import DenseLinear
 disk, table = Path(sys.argv[2]), torch.zeros(1000, 100)
 try:
-    with CheckpointWriter(disk / "packed") as writer:
+    with WorkDirectory(disk / "packed", {}) as work:
         names = {"embed": "e", "norm": "n", "head": "h"}
-        writer.add_ends(names, EndParts(table, Norm(1e-5), PLAIN, DenseLinear(table), True))
+        CheckpointWriter(work).add_ends(names, EndParts(table, Norm(1e-5), PLAIN, DenseLinear(table), True))
 except InputError as error:
     print(error)
 print(list(disk.iterdir()))
@@ -259,9 +284,9 @@ def test_a_really_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path) -> No
         usable = False
     if not usable:
         pytest.skip("no private mount of a small tmpfs here (unshare -rm)")
-    source = str(Path(files.__file__).parents[2])
+    source = str(Path(writing.__file__).parents[2])
     done = in_namespace('"$0" -c "$1" "$2" "$3"', sys.executable, ON_A_TINY_DISK, source, str(tmp_path))
     assert done.stdout.splitlines() == [
-        f"writing {tmp_path / 'packed'} failed: the disk is full; free some space, nothing was kept",
+        f"writing {tmp_path / 'packed'} failed: the disk is full; free some space",
         "[]",
     ], done.stderr

@@ -18,7 +18,8 @@ from torch import Tensor
 import resq
 from resq.api import chosen_recipe
 from resq.backends.reference import REFERENCE, dense
-from resq.checkpoint.files import CheckpointWriter, EndParts, Parts
+from resq.checkpoint.files import EndParts, Parts
+from resq.checkpoint.writer import CheckpointWriter
 from resq.measure.ledger import ledger
 from resq.models.architecture import Role, _described
 from resq.models.rope import _KINDS
@@ -185,13 +186,15 @@ class Recorder(CheckpointWriter):
 
     kept: Kept
 
-    def add_ends(self, names: Mapping[str, str], parts: EndParts) -> None:
+    def add_ends(self, names: Mapping[str, str], parts: EndParts, *more: Any) -> None:
         self.kept.add_ends(names, parts)
-        super().add_ends(names, parts)
+        super().add_ends(names, parts, *more)
 
-    def add_layer(self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts) -> None:
+    def add_layer(
+        self, index: int, layers: int, prefix: str, names: Mapping[str, str], parts: Parts, *more: Any
+    ) -> None:
         self.kept.add_layer(index, layers, prefix, names, parts)
-        super().add_layer(index, layers, prefix, names, parts)
+        super().add_layer(index, layers, prefix, names, parts, *more)
 
 
 def quantized(case: Case, source: Path, out: Path, text: Path) -> tuple[resq.Model, Kept]:

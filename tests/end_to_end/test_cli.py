@@ -63,7 +63,10 @@ def test_logits_before_saving_and_after_loading_are_equal(packed: tuple[Path, Pa
     from resq.models import decoder
     from resq.models.source import Source
     from resq.models.text import load_tokenizer, sampled_windows
-    from resq.ptq.pipeline import fit_maps, round_layer, store_ends
+    from resq.numerics.moments import Leaves
+    from resq.ptq.ends import store_ends
+    from resq.ptq.layers import Flow, round_layer
+    from resq.ptq.pipeline import fit_maps
     from resq.ptq.placement import Placement
     from resq.ptq.recipes import RESQ
     from resq.ptq.statistics import collect
@@ -75,14 +78,14 @@ def test_logits_before_saving_and_after_loading_are_equal(packed: tuple[Path, Pa
     with torch.inference_mode():
         moments = collect(source, ops, tokens, RESQ.needs, lambda *at: None)
         placement = Placement(source.shape, fit_maps(RESQ, moments, source.shape, 0), RESQ.precision, RESQ.folds_norms)
-        placed = placement.ends(source.ends(), keep_tied=True)
-        parts = store_ends(placed, source, RESQ.precision, keep_tied=True)
+        parts = store_ends(placement, source, RESQ.precision, keep_tied=True)
         ends = decoder.Ends(parts.embed, parts.norm, parts.head_input, parts.head).prepacked(REFERENCE)
         hidden = [parts.embed[window[None]].float() for window in tokens]
         layers = []
         for index in range(source.shape.layers):
             layer = placement.layer(source.layer(index), index)
-            layers.append(round_layer(source.shape, layer, RESQ, hidden, [], [], index, lambda *at: None))
+            rounded, _ = round_layer(source.shape, layer, RESQ, index, hidden, [], Flow(Leaves(len(hidden))))
+            layers.append(rounded)
         layers = [layer.prepacked(REFERENCE) for layer in layers]
         before = decoder.forward(REFERENCE, source.shape, ends, layers, tokens[:2])
     assert torch.equal(before, resq.load(out, backend="reference")(tokens[:2]))
@@ -184,7 +187,7 @@ def test_an_altered_checkpoint_is_refused(packed: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing(
+def test_an_interrupted_run_keeps_its_layers_and_goes_on_to_the_same_bytes(
     checkpoint: Callable[..., Path], text: Path, tmp_path: Path, stop: signal.Signals
 ) -> None:
     source, out = checkpoint(num_hidden_layers=8), tmp_path / "made" / "out"
@@ -192,15 +195,23 @@ def test_an_interrupted_run_leaves_nothing(
     command += ["--windows", "200", "--window-length", "32"]
     process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not list(out.parent.glob(".out.partial*/model-layer-*")):
+    while not list(out.parent.glob(".out.partial/checkpoint/model-layer-*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(stop)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert "interrupted" in errors
-    assert list(out.parent.iterdir()) == []
+    assert "interrupted; what is finished is kept: go on with --resume" in errors
+    assert [file.name for file in out.parent.iterdir()] == [".out.partial"]
+    one_line(run(*command[3:]), "was begun and not finished", "--resume")
+    one_line(run(*command[3:], "--resume", "--seed", "5"), "seed is 5, was 0", ".out.partial")
+    done = run(*command[3:], "--resume")
+    assert done.returncode == 0, done.stderr
+    resq.quantize(source, tmp_path / "straight", calibration=[text], windows=200, window_length=32)
+    for file in out.glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "straight" / file.name).read_bytes(), file.name
+    assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
 def test_odd_names_and_inputs_get_one_line_or_work(checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ def test_finished_cases_outlive_the_process(stop: signal.Signals, text: Path, tm
         list(map(str, command)), stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.monotonic() + 120
-    while not list(out.glob("cases/.resq-3bit*/.checkpoint.partial*/model-layer-*")):
+    while not list(out.glob("cases/.resq-3bit*/.checkpoint.partial/checkpoint/model-layer-*")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.02)

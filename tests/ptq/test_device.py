@@ -135,7 +135,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
         patch.setattr(torch.cuda, "get_device_name", lambda place: "a stand-in")
         # It compares devices inside and outside a call.
         patch.setattr("resq.ptq.simulation.checkpoint", partial(rerun, determinism_check="none"))
-        patch.setattr("resq.checkpoint.files.save_file", saved)
+        patch.setattr("safetensors.torch.save_file", saved)
         CARD.ran = {True: set(), False: set()}
         yield CARD
 
@@ -318,10 +318,14 @@ class Greedy:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 40.00 GiB.")
 
 
-def test_a_card_without_room_is_one_line_and_leaves_nothing(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cpu ran out of memory.*use fewer or shorter windows"):
+def test_a_card_without_room_is_one_line_and_keeps_what_is_finished(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        InputError, match=r"cpu ran out of memory.*; use --activations disk, or fewer or shorter windows"
+    ):
         resq.quantize(checkpoint(), tmp_path / "out" / "made", recipe=replace(RTN, rounding=Greedy()))
-    assert not list((tmp_path / "out").iterdir())
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [".made.partial"]
 
 
 @needs_card

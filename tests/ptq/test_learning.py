@@ -14,7 +14,7 @@ from tests.conftest import Kept
 from torch import Tensor
 
 from resq.backends.reference import dense
-from resq.checkpoint.files import CheckpointWriter
+from resq.checkpoint.writer import CheckpointWriter
 from resq.embedded import TEXT
 from resq.errors import InputError
 from resq.models.architecture import Site

@@ -16,7 +16,7 @@ from resq.errors import InputError
 from resq.models.architecture import READERS, Point, Role, Shape
 from resq.models.rope import Rope
 from resq.numerics.bands import INT8, Layout
-from resq.ptq.pipeline import check_sizes
+from resq.ptq.checks import check_sizes
 from resq.ptq.precision import Override, names_of
 from resq.ptq.recipe import Recipe
 from resq.ptq.recipes import GPTQ, QUIK, RESQ, RESQ_WEIGHT_ONLY, RTN

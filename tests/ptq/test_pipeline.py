@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resq.backends.backend import Backend
 from resq.backends.reference import dense, straight_through
-from resq.checkpoint.files import CheckpointWriter
+from resq.checkpoint.writer import CheckpointWriter
 from resq.models import decoder
 from resq.models.architecture import READERS, Role, Site
 from resq.models.decoder import Layer
@@ -25,7 +25,9 @@ from resq.numerics.linear import DenseLinear, PackedLinear
 from resq.numerics.maps import Dense, Hadamard, describe
 from resq.numerics.moments import second_moment
 from resq.ptq.ablations import ABLATIONS
-from resq.ptq.pipeline import Job, LinearReport, fit_maps, nearest_16_bit, quantize, relative_error, sixteen_bit
+from resq.ptq.ends import in_sixteen_bit
+from resq.ptq.layers import LinearReport, nearest_16_bit, output_error
+from resq.ptq.pipeline import Job, fit_maps, quantize
 from resq.ptq.placement import Placement
 from resq.ptq.recipe import At, InputMoments, Recipe, Rounded, Statistic
 from resq.ptq.recipes import GPTQ, QUAROT, QUIK, RECIPES, RESQ, RESQ_KV, RESQ_PAPER, RESQ_WEIGHT_ONLY, RTN
@@ -203,10 +205,11 @@ def test_a_reported_error_is_that_of_the_outputs() -> None:
     x, w, e = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (50, 5, 5))
     rounded = w + 0.1 * e
     outputs = float((x @ (w - rounded).T).square().sum() / (x @ w.T).square().sum())
-    assert relative_error(w, rounded, x.T @ x) == pytest.approx(outputs)
+    lost, energy = output_error(w, rounded, x.T @ x)
+    assert lost / energy == pytest.approx(outputs)
     weights = float((w - rounded).square().sum() / w.square().sum())
-    assert relative_error(w, rounded, None) == pytest.approx(weights)
-    assert relative_error(torch.zeros(2, 8, dtype=torch.float64), torch.zeros(2, 8, dtype=torch.float64), None) == 0.0
+    lost, energy = output_error(w, rounded, None)
+    assert lost / energy == pytest.approx(weights)
 
 
 def test_a_recipe_without_moments_needs_no_calibration(checkpoint: Callable[..., Path]) -> None:
@@ -236,7 +239,7 @@ def test_tables_are_stored_in_16_bit_of_the_sources_kind(dtype: str, checkpoint:
     want = torch.bfloat16 if dtype == "bfloat16" else torch.float16
     assert kept.ends.embed.dtype == kept.ends.head.weight.dtype == want
     assert torch.equal(kept.ends.embed, source.ends().embed.to(want))
-    assert sixteen_bit(torch.tensor([1e5]), dtype) == torch.bfloat16
+    assert in_sixteen_bit(torch.tensor([[1e5]]), dtype, lambda rows: rows).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -20,7 +20,7 @@ from resq.numerics.maps import Dense, Hadamard, LinearMap, Permutation
 from resq.ptq.basis.fixed import GatherHeads, hadamard
 from resq.ptq.basis.pca import pca, randomised_hadamard
 from resq.ptq.basis.peaks import outliers_last
-from resq.ptq.pipeline import check_sizes
+from resq.ptq.checks import check_sizes
 from resq.ptq.precision import Precision
 from resq.ptq.recipe import At, Basis, Moments, Recipe, Setting, Statistic
 from resq.ptq.recipes import (

@@ -23,8 +23,8 @@ from resq.models.rope import Rope
 from resq.numerics.bands import INT4_INT8, Layout
 from resq.ptq.ablations import ABLATIONS
 from resq.ptq.basis.pca import Pca, at_random, haar
+from resq.ptq.checks import check_sizes
 from resq.ptq.clipping import ClipSearch
-from resq.ptq.pipeline import check_sizes
 from resq.ptq.precision import Override
 from resq.ptq.recipe import Recipe
 from resq.ptq.recipe_file import (

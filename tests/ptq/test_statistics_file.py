@@ -21,7 +21,7 @@ from torch import Tensor
 import resq
 from resq.api import calibrate, merge
 from resq.backends.reference import dense
-from resq.checkpoint.files import CheckpointWriter
+from resq.checkpoint.writer import CheckpointWriter
 from resq.errors import InputError
 from resq.models.source import Source
 from resq.models.text import load_tokenizer, sampled_windows

@@ -40,8 +40,8 @@ app = typer.Typer(
     "`resq demo` shows every recipe on a tiny model that comes with the package: nothing is downloaded.",
     epilog="Exit codes: 0 done · 1 a bug in resq (with a traceback) or a closed pipe · 2 something given cannot be "
     "used, one line says what · 3 `resq gate`: not good enough, `resq verify`: not as recorded, `resq reproduce`: not "
-    "made again the same · 130 interrupted, nothing half-written is kept. With --json, standard output is one JSON "
-    "object.",
+    "made again the same · 130 interrupted, nothing half-written is kept (`quantize` keeps finished layers for "
+    "--resume). With --json, standard output is one JSON object.",
 )
 BackendOption = Annotated[
     str | None,
@@ -124,11 +124,11 @@ def main() -> None:
             sys.exit(2)
         fail(f"{message.rstrip('.')}; see resq --help")
     except InputError as error:
-        fail(str(error))
+        fail("; ".join([str(error), *getattr(error, "__notes__", ())]))
     except OSError as error:
         fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path and its permissions")
-    except BaseException:
+    except BaseException as error:
         if not _arrived:
             raise
-        err.print("interrupted; nothing half-written was kept")
+        err.print("; ".join(["interrupted", *getattr(error, "__notes__", ("nothing half-written was kept",))]))
         sys.exit(130)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,7 @@ from resq.cli.app import (
     RoundingWindowsOption,
     app,
 )
+from resq.cli.devices import launch
 from resq.embedded import MODEL
 from resq.errors import InputError
 from resq.show import bars
@@ -72,14 +74,33 @@ def quantize(
         int, typer.Option(min=0, max=2**63 - 1, help="Seed of rotations and of the choice of windows.")
     ] = 0,
     device: Annotated[str, typer.Option(help="What computes: cpu, or cuda for an NVIDIA card.")] = "cpu",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="Processes that share the work on this machine: a number, or auto for one a card.", show_default="one"
+        ),
+    ] = None,
+    activations: Annotated[
+        str,
+        typer.Option(
+            help="Where the windows' hidden states lie: device, memory (with a card, the machine's) or disk, a file "
+            "beside --out.",
+        ),
+    ] = "device",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a job that was stopped; start it where there is none.")
+    ] = False,
     json_output: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint and write it packed.
+
+    A job that is stopped keeps its finished layers: the same command with --resume goes on.
 
     For example: `resq quantize path/to/llama --calibration wiki.train.raw --out llama-resq`
     """
     from resq.api import quantize as run
 
+    launch(devices, device)
     if source is None:
         if calibration:
             raise InputError(f"no source was given; name a checkpoint directory, a hub id or {MODEL}")
@@ -99,8 +120,12 @@ def quantize(
             untie=untie,
             seed=seed,
             device=device,
+            activations=activations,
+            resume=resume,
             progress=progress,
         )
+    if int(os.environ.get("RANK", "0")):  # of several processes the first tells
+        return
     if json_output:
         rows = [asdict(report) for report in result.linears]
         print(json.dumps({"checkpoint": str(result.directory), "seconds": result.seconds, "linears": rows}))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 
+from resq import durable
 from resq._version import __version__
 from resq.errors import InputError
 
@@ -63,17 +63,10 @@ def write_json(file: Path, value: Any) -> None:
 
 def write_text(file: Path, text: str) -> None:
     """Write a file in one piece. Raises InputError when that fails."""
-    work = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with open(work, "x", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        work.replace(file)
+        durable.write_text(file, text)
     except OSError as error:
         raise InputError(f"{file} cannot be written: {error.strerror}; free some space there") from error
-    finally:
-        work.unlink(missing_ok=True)
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

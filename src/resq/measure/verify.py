@@ -11,9 +11,10 @@ from torch import Tensor
 
 from resq.backends.backend import Backend
 from resq.backends.choose import backend_named
-from resq.checkpoint.files import INDEX_FILE, SUMS_FILE, CheckpointReader, read_sums, sha256_of
+from resq.checkpoint.files import INDEX_FILE, SUMS_FILE, CheckpointReader, read_sums
 from resq.checkpoint.golden import GOLDEN_FILE, from_tensors
 from resq.checkpoint.manifest import MANIFEST_FILE
+from resq.durable import sha256_of
 from resq.errors import CheckpointError, InputError
 from resq.models.architecture import READERS
 from resq.models.source import locate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,15 @@ class PackedLinear:
                 raise InputError(f"integers of band {index} hold 0; those of 1 bit are -1 and 1")
         parts = tuple(pack_signed(q[:, cut], band.bits) for band, cut in zip(bands, bands.slices(), strict=True))
         return cls(bands, parts, scale.to(torch.float32), None if bias is None else bias.to(torch.float32))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[PackedLinear]) -> PackedLinear:
+        """Blocks of rows, one below the other; all have the same bands, and a bias or none."""
+        qweight = tuple(torch.cat(each) for each in zip(*(part.qweight for part in parts), strict=True))
+        biases = [part.bias for part in parts if part.bias is not None]
+        return cls(
+            parts[0].bands, qweight, torch.cat([part.scale for part in parts]), torch.cat(biases) if biases else None
+        )
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -117,25 +117,26 @@ class Leaves:
 
 class LeafSums:
     """State: X^T X of every leaf of a run of windows, float64. What is added for one window again, of the next layer,
-    goes to the same leaf; windows are numbered from the first of the run, which starts a leaf."""
+    goes to the same leaf; windows are numbered from the first of the run, which starts a leaf. `sums`, one per leaf,
+    can be given to another to go on."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, sums: list[Tensor] | None = None) -> None:
         self.size = size
-        self._sums: list[Tensor] = []
+        self.sums = [] if sums is None else sums
 
     def add(self, window: int, x: Tensor) -> None:
         """Add x [..., tokens, n] of a window; a new window follows the one before."""
         leaf = window // self.size
-        if leaf == len(self._sums):
-            self._sums.append(no_moment(x))
-        add_second_moment(self._sums[leaf], x)
+        if leaf == len(self.sums):
+            self.sums.append(no_moment(x))
+        add_second_moment(self.sums[leaf], x)
 
     def tree(self, first: int) -> Tree:
         """The leaves' tree, where the first of them has this number; the sums are given away to it."""
         tree = Tree()
-        for number, total in enumerate(self._sums, start=first):
+        for number, total in enumerate(self.sums, start=first):
             tree.push(Node(0, number, mirrored(total)))
-        self._sums = []
+        self.sums = []
         return tree
 
 

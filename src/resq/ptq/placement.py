@@ -33,6 +33,9 @@ INPUT_SITES = {
 }
 
 
+POINTS = {role: point for point, roles in READERS.items() for role in roles}
+
+
 @dataclass(frozen=True)
 class Placement:
     """The maps of a model and how its activations are rounded. `folds`: norm gains move into the next linears. What is
@@ -57,32 +60,40 @@ class Placement:
 
     def layer(self, source: Layer, index: int) -> Layer:
         """Decoder layer `index` in the new bases, float64, with the formats of its inputs, queries, keys and values."""
-        folded = fold_norms(source) if self.folds else in_float64(source)
-        linears = dict(folded.linears)
-        if residual := self.map_at(Site.RESIDUAL):
-            for role in (Role.Q, Role.K, Role.V, Role.GATE, Role.UP):
-                linears[role] = DenseLinear(as_reader(residual, linears[role].weight), linears[role].bias)
-            for role in (Role.O, Role.DOWN):
-                linears[role] = DenseLinear(*as_writer(residual, linears[role].weight, linears[role].bias))
-        value = self.map_at(Site.VALUE, index)
-        if isinstance(value, PerHead):
-            v, o = linears[Role.V], linears[Role.O]
-            linears[Role.V] = DenseLinear(*as_writer(value, v.weight, v.bias))
-            queries = value.repeated(self.shape.heads // self.shape.kv_heads)
-            linears[Role.O] = DenseLinear(as_reader(queries, o.weight), o.bias)
-        norms = dict(folded.norms)
-        for point, site in INPUT_SITES.items():
-            map = self.map_at(site, index)
-            if isinstance(map, Diagonal):
-                if point is Point.DOWN_IN:
-                    linears[Role.UP] = DenseLinear(*as_writer(map, linears[Role.UP].weight, linears[Role.UP].bias))
-                else:
-                    norms[point] = scaled_norm(norms[point], map)
-            if map is not None:
-                for role in READERS[point]:
-                    linears[role] = DenseLinear(as_reader(map, linears[role].weight), linears[role].bias)
+        norms = {point: self.norm(source.norms[point], point, index) for point in source.norms}
+        linears = {role: self.linear(source, role, index) for role in Role}
         heads = self.heads(index, source.heads, linears[Role.Q].weight.device)
-        return replace(folded, linears=linears, norms=norms, heads=heads, inputs=self.inputs(index))
+        return replace(source, linears=linears, norms=norms, heads=heads, inputs=self.inputs(index))
+
+    def norm(self, source: Norm, point: Point, index: int) -> Norm:
+        """The norm before `point` of layer `index`, float64; without its gain where that was folded."""
+        wide = Norm(source.eps, None if self.folds or source.gain is None else source.gain.to(torch.float64))
+        map = self.map_at(INPUT_SITES[point], index)
+        return scaled_norm(wide, map) if isinstance(map, Diagonal) else wide
+
+    def linear(self, source: Layer, role: Role, index: int) -> DenseLinear:
+        """One linear of layer `index` in the new bases, float64; memory holds no other."""
+        plain, point = source.linears[role], POINTS[role]
+        weight = plain.weight.to(torch.float64)
+        bias = None if plain.bias is None else plain.bias.to(torch.float64)
+        if self.folds and point in source.norms and (gain := source.norms[point].gain) is not None:
+            weight = weight * gain.to(torch.float64)
+        if residual := self.map_at(Site.RESIDUAL):
+            if role in (Role.O, Role.DOWN):
+                weight, bias = as_writer(residual, weight, bias)
+            else:
+                weight = as_reader(residual, weight)
+        value = self.map_at(Site.VALUE, index)
+        if isinstance(value, PerHead) and role is Role.V:
+            weight, bias = as_writer(value, weight, bias)
+        if isinstance(value, PerHead) and role is Role.O:
+            weight = as_reader(value.repeated(self.shape.heads // self.shape.kv_heads), weight)
+        if (map := self.map_at(INPUT_SITES[point], index)) is not None:
+            weight = as_reader(map, weight)
+        hidden = self.map_at(Site.MLP_HIDDEN, index)
+        if isinstance(hidden, Diagonal) and role is Role.UP:
+            weight, bias = as_writer(hidden, weight, bias)
+        return DenseLinear(weight, bias)
 
     def inputs(self, index: int) -> dict[Point, ActivationFormat]:
         """Online maps and bands of the inputs of layer `index`'s linears."""
@@ -115,29 +126,43 @@ class Placement:
             value=stored(self.precision.value_bands(index, self.shape)),
         )
 
-    def ends(self, source: Ends, *, keep_tied: bool) -> Ends:
-        """Embedding table, final norm and head in the new basis, float64.
+    def table(self, rows: Tensor) -> Tensor:
+        """Rows of the embedding table [n, hidden] in the new basis, float64."""
+        residual = self.map_at(Site.RESIDUAL)
+        wide = rows.to(torch.float64)
+        return wide if residual is None else residual.apply(wide)
+
+    def head(self, rows: Tensor, norm: Norm) -> Tensor:
+        """Rows of a head that is a matrix of its own, gain and U folded in, float64; norm: the final one."""
+        residual = self.map_at(Site.RESIDUAL)
+        wide = rows.to(torch.float64)
+        if self.folds and norm.gain is not None:
+            wide = wide * norm.gain.to(torch.float64)
+        return wide if residual is None else as_reader(residual, wide)
+
+    def head_input(self, norm: Norm, *, keep_tied: bool) -> tuple[Norm, ActivationFormat]:
+        """The final norm, float64, and the format of the head's input.
 
         keep_tied (only for a tied source): the head goes on reading the table, its input taken through
-        M = U^T diag(gain) U online. Otherwise the head is a matrix of its own with gain and U folded in.
+        M = U^T diag(gain) U online. Otherwise the head is a matrix of its own (`head`).
         """
         residual = self.map_at(Site.RESIDUAL)
-        embed = source.embed.to(torch.float64)
-        table = embed if residual is None else residual.apply(embed)
-        norm = Norm(source.norm.eps, None if source.norm.gain is None else source.norm.gain.to(torch.float64))
-        if keep_tied:
-            if residual is None or norm.gain is None:
-                return Ends(table, norm, PLAIN, DenseLinear(table))
-            identity = torch.eye(self.shape.hidden, dtype=torch.float64, device=embed.device)
-            turn = residual.apply(identity)
-            mixed = Dense(turn.T @ (norm.gain[:, None] * turn), orthogonal=False)
-            return Ends(table, Norm(norm.eps), ActivationFormat(mixed), DenseLinear(table))
-        head = source.head.weight.to(torch.float64)
-        if self.folds and norm.gain is not None:
-            head, norm = head * norm.gain, Norm(norm.eps)
-        if residual is not None:
-            head = as_reader(residual, head)
-        return Ends(table, norm, PLAIN, DenseLinear(head))
+        wide = Norm(norm.eps, None if norm.gain is None else norm.gain.to(torch.float64))
+        if not keep_tied:
+            return (Norm(norm.eps) if self.folds else wide), PLAIN
+        if residual is None or wide.gain is None:
+            return wide, PLAIN
+        identity = torch.eye(self.shape.hidden, dtype=torch.float64, device=wide.gain.device)
+        turn = residual.apply(identity)
+        mixed = Dense(turn.T @ (wide.gain[:, None] * turn), orthogonal=False)
+        return Norm(norm.eps), ActivationFormat(mixed)
+
+    def ends(self, source: Ends, *, keep_tied: bool) -> Ends:
+        """Embedding table, final norm and head in the new basis, float64, all rows at once."""
+        table = self.table(source.embed)
+        norm, format = self.head_input(source.norm, keep_tied=keep_tied)
+        head = table if keep_tied else self.head(source.head.weight, source.norm)
+        return Ends(table, norm, format, DenseLinear(head))
 
 
 def in_float64(layer: Layer) -> Layer:
@@ -154,16 +179,16 @@ def in_float64(layer: Layer) -> Layer:
     )
 
 
-def fold_norms(layer: Layer) -> Layer:
-    """Move norm gains into the linears that read them: W' = W diag(g), in float64. Norms of heads stay: the query and
-    key maps come after them."""
-    wide = in_float64(layer)
-    linears = dict(wide.linears)
-    for point, norm in wide.norms.items():
-        if norm.gain is not None:
-            for role in READERS[point]:
-                linears[role] = DenseLinear(linears[role].weight * norm.gain, linears[role].bias)
-    return replace(wide, linears=linears, norms={point: Norm(norm.eps) for point, norm in wide.norms.items()})
+def fold_norms(layer: Layer, dtype: torch.dtype = torch.float64) -> Layer:
+    """Move norm gains into the linears that read them: W' = W diag(g), in float64, then cast. Norms of heads stay: the
+    query and key map comes after them."""
+    linears = {}
+    for role, linear in layer.linears.items():
+        gain = layer.norms[POINTS[role]].gain if POINTS[role] in layer.norms else None
+        weight = linear.weight.to(torch.float64)
+        weight = weight if gain is None else weight * gain.to(torch.float64)
+        linears[role] = DenseLinear(weight.to(dtype), None if linear.bias is None else linear.bias.to(dtype))
+    return replace(layer, linears=linears, norms={point: Norm(norm.eps) for point, norm in layer.norms.items()})
 
 
 def scaled_norm(norm: Norm, map: Diagonal) -> Norm:

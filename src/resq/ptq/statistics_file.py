@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,11 +13,10 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from resq.checkpoint.files import check_free
 from resq.checkpoint.manifest import FileEntry
+from resq.durable import check_free, write_tensors, writing
 from resq.errors import InputError, nearest_path
 from resq.models.architecture import READERS, Point, Shape
 from resq.models.source import Source
@@ -28,7 +24,7 @@ from resq.numerics.device import CPU
 from resq.numerics.moments import Leaves, Node, Tree, subtrees
 from resq.progress import Progress, silent
 from resq.ptq.recipe import Moments, Peaks, Statistic
-from resq.ptq.statistics import Sums
+from resq.ptq.statistics import Sums, larger
 
 # Counts up when the arithmetic of `gather` or the layout of the file changes: sums of two versions are not added.
 STATISTICS_VERSION = 1
@@ -219,29 +215,9 @@ def write(statistics: Statistics, out: Path) -> None:
     header = statistics.header.model_dump_json()
     # One key: safetensors writes several in no fixed order.
     metadata = {METADATA_KEY: json.dumps({"sha256": checksum(header, tensors), "header": header})}
-    work = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-    try:
+    with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, work, metadata=metadata)
-        work.chmod(out.parent.stat().st_mode & 0o666)
-        _sync(work)
-        check_free(out)
-        os.rename(work, out)
-        _sync(out.parent)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full; free some space" if full else f"{error}; choose another --out"
-        raise InputError(f"writing {out} failed: {reason}, nothing was kept") from error
-    finally:
-        work.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        write_tensors(out, tensors, metadata, replace=False)
 
 
 def checksum(header: str, tensors: Mapping[str, Tensor]) -> str:
@@ -373,23 +349,6 @@ def merge(paths: Sequence[Path], progress: Progress = silent) -> Statistics:
     progress("merging", len(ordered), len(ordered))
     leaves = [headers[ordered[0]].leaves[0], headers[ordered[-1]].leaves[1]]
     return Statistics(headers[ordered[0]].model_copy(update={"leaves": leaves}), Sums(trees, peaks))
-
-
-def larger(one: Sequence[Peaks], other: Sequence[Peaks]) -> list[Peaks]:
-    """Layer by layer, the larger of two runs' peaks."""
-
-    def each(a: Mapping[Point, Tensor], b: Mapping[Point, Tensor]) -> dict[Point, Tensor]:
-        return {point: torch.maximum(a[point], b[point]) for point in a}
-
-    return [
-        Peaks(
-            each(a.inputs, b.inputs),
-            each(a.weights, b.weights),
-            torch.maximum(a.key, b.key),
-            torch.maximum(a.value, b.value),
-        )
-        for a, b in zip(one, other, strict=True)
-    ]
 
 
 def check_fit(path: str, header: Header, source: Mapping[str, FileEntry], needs: frozenset[Statistic]) -> None:

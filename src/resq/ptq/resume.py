@@ -1,0 +1,153 @@
+"""Where a job is: its windows' states after a layer and its maps on disk, so that a killed job goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resq.checkpoint.work import WorkDirectory
+from resq.durable import sha256_of, writing, written
+from resq.models.architecture import Site
+from resq.numerics import maps as kinds
+from resq.numerics.device import CPU, moved
+from resq.numerics.hadamard import HadamardPlan
+from resq.numerics.maps import LinearMap
+from resq.numerics.moments import Leaves
+from resq.ptq.activations import Activations, save, saved
+from resq.ptq.ranks import ALONE, Ranks
+from resq.ptq.recipe import At
+
+# Saving the windows' states takes at most about this share of the time: what is lost by a crash is one layer, or this
+# many times what a save takes.
+SHARE = 10
+MAPS_FILE = "maps.pt"
+_KINDS = {kind.kind: kind for kind in (kinds.Dense, kinds.PerHead, kinds.Diagonal, kinds.Permutation, kinds.Hadamard)}
+
+
+@dataclass
+class Position:
+    """State: how far a job is on disk. directory: where files of the job lie, None for one that is not kept; work: the
+    first process's hold on it."""
+
+    directory: Path | None = None
+    work: WorkDirectory | None = None
+    ranks: Ranks = ALONE
+    _saved: float = field(default_factory=time.monotonic)
+    _took: float = 0.0
+
+    def layer(self, phase: str, leaves: Leaves, names: tuple[str, ...]) -> int:
+        """How many layers of a phase are passed, the states of all names being there; 0 where it has not begun."""
+        if self.directory is None:
+            return 0
+        record = self.ranks.from_first(lambda: None if self.work is None else self.work.record("position"))
+        if not record or record.get("phase") != phase:
+            return 0
+        files = [file for name in names for file in self._files(phase, record["layer"], name, leaves)]
+        return record["layer"] if self.ranks.agree(all(_whole(file) for file in files)) else 0
+
+    def _files(self, phase: str, layer: int, name: str, leaves: Leaves) -> list[Path]:
+        """The files of this rank's leaves, in order."""
+        assert self.directory is not None
+        return [self.directory / f"{phase}-{layer}-{name}-{leaf}.npy" for leaf in range(*self.ranks.span(leaves))]
+
+    def states(self, phase: str, layer: int, name: str, leaves: Leaves) -> Iterator[Tensor]:
+        """This rank's windows after so many layers, as they were saved."""
+        return saved(self._files(phase, layer, name, leaves))
+
+    def sums(self, phase: str, layer: int) -> Any:
+        """What this rank gave `save` beside its states; None where it is not there, as for another number of ranks, or
+        not whole."""
+        file = self._sums(phase, layer)
+        try:
+            return None if file is None else torch.load(file, weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError):
+            return None
+
+    def _sums(self, phase: str, layer: int) -> Path | None:
+        name = f"{phase}-{layer}-sums-{self.ranks.rank}-of-{self.ranks.size}.pt"
+        return None if self.directory is None else self.directory / name
+
+    def save(
+        self, phase: str, layer: int, states: Mapping[str, Activations], leaves: Leaves, sums: Callable[[], Any] | None
+    ) -> None:
+        """Keep the states after `layer` layers, and what `sums` gives (tensors in plain containers), durably; or not
+        yet, where that would take more than a share of the time. Raises InputError when the disk is full."""
+        due = self.directory is not None and time.monotonic() - self._saved >= (SHARE - 1) * self._took
+        if self.directory is None or not self.ranks.from_first(lambda: due):
+            return
+        started, (first, stop) = time.monotonic(), self.ranks.span(leaves)
+        begin = leaves.span(first, first)[0]
+        with writing(self.directory, None):
+            for name, each in states.items():
+                for leaf, file in zip(range(first, stop), self._files(phase, layer, name, leaves), strict=True):
+                    start, end = leaves.span(leaf, leaf + 1)
+                    save(each, start - begin, end - begin, file)
+            if sums is not None and (file := self._sums(phase, layer)) is not None:
+                written(file, lambda work: torch.save(moved(sums(), CPU), work))
+        self.ranks.agree(True)  # everyone's files are there before the record says so
+        if self.work is not None:
+            self.work.save("position", {"phase": phase, "layer": layer})
+        self.ranks.agree(True)
+        for file in self.directory.glob("*-*-*"):
+            mine = any(file.match(f"*-{name}") for name in self._suffixes(leaves))
+            if mine and not file.name.startswith(f"{phase}-{layer}-"):
+                file.unlink(missing_ok=True)
+        self._saved = time.monotonic()
+        self._took = self._saved - started
+
+    def _suffixes(self, leaves: Leaves) -> list[str]:
+        """The ends of the names of this rank's files."""
+        mine = [f"{leaf}.npy" for leaf in range(*self.ranks.span(leaves))]
+        return [*mine, f"{self.ranks.rank}-of-{self.ranks.size}.pt"]
+
+    def maps(self) -> tuple[dict[At, LinearMap], list[str]] | None:
+        """The maps that `keep_maps` kept, and remarks, in all processes; None where there are none."""
+        return self.ranks.from_first(self._maps)
+
+    def _maps(self) -> tuple[dict[At, LinearMap], list[str]] | None:
+        record = None if self.work is None else self.work.record("maps")
+        if self.work is None or record is None:
+            return None
+        file = self.work.file(MAPS_FILE)
+        if not file.is_file() or sha256_of(file) != record["sha256"]:
+            return None
+        stored = torch.load(file, weights_only=True)
+        return {At(Site(entry["site"]), entry["layer"]): _restored(entry) for entry in stored}, record["notes"]
+
+    def keep_maps(self, maps: Mapping[At, LinearMap], notes: list[str]) -> None:
+        """Keep the maps of a job, where it is kept, and remarks with them. Raises InputError when the disk is full."""
+        if self.work is None:
+            return
+        file = self.work.file(MAPS_FILE)
+        with writing(self.work.out, None):
+            written(file, lambda work: torch.save([_described(at, map) for at, map in maps.items()], work))
+        self.work.save("maps", {"sha256": sha256_of(file), "notes": notes})
+
+
+def _whole(file: Path) -> bool:
+    try:
+        for _ in saved([file]):
+            return True
+    except (OSError, ValueError, EOFError):
+        return False
+    return False
+
+
+def _described(at: At, map: LinearMap) -> dict[str, Any]:
+    """A map as plain containers and tensors."""
+    fields = {name: asdict(value) if isinstance(value, HadamardPlan) else value for name, value in vars(map).items()}
+    return {"site": str(at.site), "layer": at.layer, "kind": map.kind, "fields": moved(fields, CPU)}
+
+
+def _restored(entry: Mapping[str, Any]) -> LinearMap:
+    fields = dict(entry["fields"])
+    if "plan" in fields:
+        fields["plan"] = HadamardPlan(**fields["plan"])
+    return _KINDS[entry["kind"]](**fields)
