@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -20,9 +21,10 @@ from resq.models.text import load_tokenizer
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The script as a module, reading a small part of the standard library and training for three steps."""
+    """The script as a module, reading a small part of the standard library and training for three small steps."""
     module = example("train_tiny")
-    texts = {side: corpus.documents(evaluation=side)[:12] for side in (False, True)}
+    monkeypatch.setattr(module, "TINY", replace(module.TINY, batch=2))
+    texts = {side: [text[:4000] for text in corpus.documents(evaluation=side)[:12]] for side in (False, True)}
     monkeypatch.setattr(module, "documents", lambda *, evaluation: texts[evaluation])
     return module
 
