@@ -14,8 +14,9 @@ import torch
 
 from resq import embedded
 from resq.api import calibrate, chosen_device, made_by, quantize
-from resq.checkpoint.files import CheckpointReader, sha256_of
+from resq.checkpoint.files import CheckpointReader
 from resq.checkpoint.manifest import CalibrationEntry, Manifest
+from resq.durable import sha256_of
 from resq.errors import InputError
 from resq.measure.differences import CARD_FILE, Differences, differences
 from resq.models.source import Source, locate
