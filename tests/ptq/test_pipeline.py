@@ -205,7 +205,7 @@ def test_a_reported_error_is_that_of_the_outputs() -> None:
     x, w, e = (torch.randn(n, 8, generator=generator, dtype=torch.float64) for n in (50, 5, 5))
     rounded = w + 0.1 * e
     outputs = float((x @ (w - rounded).T).square().sum() / (x @ w.T).square().sum())
-    lost, energy = output_error(w, rounded, x.T @ x)
+    lost, energy = output_error(w, rounded, InputMoments(x.T @ x))
     assert lost / energy == pytest.approx(outputs)
     weights = float((w - rounded).square().sum() / w.square().sum())
     lost, energy = output_error(w, rounded, None)

@@ -24,10 +24,8 @@ from resq.ptq.activations import Activations, Buffers
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.ranks import ALONE, Ranks
 from resq.ptq.recipe import InputMoments, Recipe, Rounding
-from resq.ptq.statistics import check_finite, in_dtype
-
-# Rows of a weight that are rounded at once: what one task of a rank is, so that bits do not depend on their number.
-ROWS = 512
+from resq.ptq.rounding import ROWS
+from resq.ptq.statistics import check_finite
 
 
 @dataclass(frozen=True)
@@ -60,10 +58,10 @@ class Flow:
 
 class Stream:
     """State: the calibration windows on their way through one layer; `hidden` moves to the layer's output as the
-    layer's groups are passed."""
+    layer's groups are passed. A group's linears are put in before it is passed: no copy of the layer is held."""
 
     def __init__(self, ops: Backend, shape: Shape, layer: Layer, hidden: Activations, buffers: Buffers) -> None:
-        self.ops, self.shape, self.layer, self.hidden = ops, shape, in_dtype(layer, ops.dtype), hidden
+        self.ops, self.shape, self.layer, self.hidden = ops, shape, replace(layer, linears={}), hidden
         self._buffers = buffers
         self._heads: Activations | None = None
 
@@ -78,9 +76,11 @@ class Stream:
         x = decoder.mlp_input(self.ops, self.layer, hidden)
         return (x if point is Point.MLP_IN else decoder.mlp_hidden(self.ops, self.layer, x))[0]
 
-    def replace(self, role: Role, linear: DenseLinear) -> None:
-        """Run on with another weight."""
-        self.layer.linears[role] = linear
+    def put(self, role: Role, linear: Linear, bias: Tensor | None) -> None:
+        """Run on with this weight, in the dtype of the operators; bias: the one before it was stored."""
+        wide = linear.dequantize(torch.float64) if isinstance(linear, PackedLinear) else linear.weight.to(torch.float64)
+        kept = None if bias is None else bias.to(self.ops.dtype)
+        self.layer.linears[role] = DenseLinear(wide.to(self.ops.dtype), kept)
 
     def advance(self, point: Point) -> None:
         """Pass the group that reads `point`."""
@@ -146,7 +146,9 @@ def round_layer(
                 stored.linears[role], report = rounded_by_rows(
                     linear, recipe.rounding_of(index, role), moments, bands, flow.ranks
                 )
-            seen.replace(role, run_on(stored.linears[role], linear.bias, seen.ops.dtype))
+            seen.put(role, stored.linears[role], linear.bias)
+            if wanted is not None:
+                wanted.put(role, linear, linear.bias)
             del linear
             reports.append(replace(report, layer=index, role=role, seconds=time.perf_counter() - started))
             progress("rounding", index * len(Role) + len(reports), shape.layers * len(Role))
@@ -156,12 +158,6 @@ def round_layer(
                 stream.advance(point)
     check_finite(hidden, index)
     return stored, reports
-
-
-def run_on(linear: Linear, bias: Tensor | None, dtype: torch.dtype) -> DenseLinear:
-    """A rounded linear in `dtype`, for the windows that go on through the layer; bias: the one before it was stored."""
-    wide = linear.dequantize(torch.float64) if isinstance(linear, PackedLinear) else linear.weight.to(torch.float64)
-    return DenseLinear(wide.to(dtype), None if bias is None else bias.to(dtype))
 
 
 @dataclass(frozen=True)
@@ -185,7 +181,7 @@ def rounded_by_rows(
         cut = cuts[number]
         result = rounding(linear.weight[cut], moments, bands, None if linear.bias is None else linear.bias[cut])
         rounded = result.linear.dequantize(torch.float64)
-        lost, energy = output_error(result.target, rounded, None if moments is None else moments.seen)
+        lost, energy = output_error(result.target, rounded, moments)
         mine[number] = _Block(result.linear, result.damping, lost, energy)
     if ranks.size > 1:
         everyone = ranks.gathered(moved(mine, CPU))
@@ -201,7 +197,7 @@ def kept_wide(linear: DenseLinear, moments: InputMoments | None) -> tuple[DenseL
     """A linear that stays 16 bit."""
     wide = None if linear.bias is None else linear.bias.to(torch.float32)
     kept = DenseLinear(nearest_16_bit(linear.weight), wide)
-    lost, energy = output_error(linear.weight, kept.weight.to(torch.float64), None if moments is None else moments.seen)
+    lost, energy = output_error(linear.weight, kept.weight.to(torch.float64), moments)
     return kept, LinearReport(0, "", lost / max(energy, 1e-300), None, 0.0, *_empty(linear, moments))
 
 
@@ -224,9 +220,11 @@ def clipped_inputs(
     count = min(clipping.windows, len(hidden))
     here = Buffers(device=ops.device)
     stream = Stream(ops, shape, layer, here.keep((hidden[number] for number in range(count)), count), here)
-    for point in READERS:
+    for point, roles in READERS.items():
         inputs = [stream.input(point, number) for number in range(count)]
         formats[point] = clipping.search(layer.inputs[point], inputs)
+        for role in roles:
+            stream.put(role, layer.linears[role], layer.linears[role].bias)
         stream.advance(point)
     return formats
 
@@ -245,12 +243,12 @@ def input_moments(seen: Stream, wanted: Stream | None, point: Point, weight: Ten
     return InputMoments(total, None if wanted is None else flow.ranks.total(cross.tree(), flow.leaves, like))
 
 
-def output_error(weight: Tensor, rounded: Tensor, moment: Tensor | None) -> tuple[float, float]:
-    """||X (W - Ŵ)^T||² and ||X W^T||² from the moment X^T X; ||W - Ŵ||² and ||W||² without one."""
+def output_error(weight: Tensor, rounded: Tensor, moments: InputMoments | None) -> tuple[float, float]:
+    """||X (W - Ŵ)^T||² and ||X W^T||² from the inputs' moments; ||W - Ŵ||² and ||W||² without them."""
     difference = weight - rounded
-    if moment is None:
+    if moments is None:
         return float(difference.square().sum()), float(weight.square().sum())
-    return float(((difference @ moment) * difference).sum()), float(((weight @ moment) * weight).sum())
+    return moments.energy(difference), moments.energy(weight)
 
 
 def nearest_16_bit(weight: Tensor) -> Tensor:
