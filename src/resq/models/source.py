@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ HEADER_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 # The same weights once more, in the formats of Mistral's and Meta's own code.
 HUB_IGNORED = ["consolidated*", "original/*"]
+# Rows of a tensor that are looked through for NaN and Inf at once.
+CHECKED = 4096
 
 
-def locate(source: str | Path) -> Path:
+def locate(source: str | Path, patterns: Sequence[str] = HUB_PATTERNS) -> Path:
     """The local directory of a source: the embedded model for `tiny` (a directory of that name is `./tiny`), the path
-    itself, or the snapshot of a hub id (`organisation/name`), fetched if needed. Raises InputError when there is none
-    of them."""
+    itself, or the snapshot of a hub id (`organisation/name`), of which the files of these patterns are fetched if
+    needed. Raises InputError when there is none of them."""
     path, text = Path(source), str(source)
     if text == embedded.MODEL:
         return embedded.model_directory()
@@ -46,7 +49,7 @@ def locate(source: str | Path) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(text, allow_patterns=HUB_PATTERNS, ignore_patterns=HUB_IGNORED))
+        return Path(snapshot_download(text, allow_patterns=list(patterns), ignore_patterns=HUB_IGNORED))
     except GatedRepoError as error:
         raise InputError(f"{text} is gated: accept its licence on the hub, then log in with `hf auth login`") from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -241,7 +244,8 @@ class Source:
         """One tensor, or a range of its rows, in its stored dtype. Raises InputError when it is not finite."""
         file = self._open(self.index[name])
         value = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
-        if not torch.isfinite(value).all():
+        # Without a copy of the tensor: its extremes are NaN where one of its values is.
+        if value.numel() and not all(map(math.isfinite, map(float, torch.aminmax(value)))):
             raise InputError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, fetch it again")
         return value
 
