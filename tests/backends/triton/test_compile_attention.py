@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+from tests.backends.triton.cards import CARDS, SWEPT
 
 SCRIPT = """
 import dataclasses, json, sys
@@ -70,7 +71,7 @@ def assert_in_registers(found: list[dict[str, Any]], *kernels: str) -> None:
             assert (each["stack"], each["spill_stores"], each["spill_loads"]) == (0, 0, 0), each
 
 
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("capability", CARDS)
 def test_decoding_attention_runs_in_registers_on_tensor_cores(capability: int) -> None:
     """Llama-3-8B's and Llama-3.2-1B's heads, in 4 and 8 bits."""
     found = compiled(capability, (128, 32, 8, 1, 1, None, False), (64, 32, 8, 16, 1, None, False))
@@ -84,7 +85,7 @@ def test_decoding_attention_runs_in_registers_on_tensor_cores(capability: int) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", [80, 86, 89, 90])
+@pytest.mark.parametrize("capability", SWEPT)
 def test_other_heads_compile_and_the_tiles_of_a_step_run_in_registers(capability: int) -> None:
     """RoPE of a decoding step and of a prompt; several new tokens, Qwen2.5-7B's 7 query heads to one, three bands."""
     found = compiled(

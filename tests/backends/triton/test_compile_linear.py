@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.backends.triton.cards import CARDS, SHARED, SWEPT
 
-# Shared memory that a program may have, bytes: CUDA C++ Programming Guide, compute capabilities.
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 PROGRAM = """
 import json, sys
 from dataclasses import asdict
@@ -82,7 +81,7 @@ def holds(case: Case, made: dict[str, Any]) -> None:
         assert counts["LDGSTS"] > 0, case
 
 
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("capability", CARDS)
 def test_linears_of_a_block_take_tensor_cores_and_spill_nothing(capability: int) -> None:
     cases: list[Case] = [
         (capability, 16, "packed", LLAMA, 1, {}),
@@ -115,7 +114,7 @@ SWEEP: dict[str, Callable[[int], Case]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", SHARED)
+@pytest.mark.parametrize("capability", SWEPT)
 def test_every_kernel_of_linears_spills_nothing(capability: int) -> None:
     cases = [case(capability) for case in SWEEP.values()]
     for case, made in zip(cases, compiled(cases), strict=True):
