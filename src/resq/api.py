@@ -44,7 +44,7 @@ from resq.progress import Progress, silent
 from resq.ptq import statistics_file
 from resq.ptq.activations import Buffers, Place
 from resq.ptq.layers import LinearReport
-from resq.ptq.pipeline import Job, Outcome
+from resq.ptq.pipeline import Job, LayerReport, Outcome
 from resq.ptq.pipeline import quantize as run_pipeline
 from resq.ptq.ranks import joined
 from resq.ptq.recipe import Moments, Recipe, Setting, Statistic
@@ -73,11 +73,13 @@ DEFAULT_WINDOWS, DEFAULT_ROUNDING_WINDOWS, DEFAULT_LENGTH = 128, 128, 2048
 
 @dataclass(frozen=True)
 class Result:
-    """What `quantize` made: where, its manifest, what each linear's rounding cost, and how long it all took."""
+    """What `quantize` made: where, its manifest, what each linear's rounding cost, what each layer took, and how long
+    it all took."""
 
     directory: Path
     manifest: Manifest
     linears: list[LinearReport]
+    layers: list[LayerReport]
     seconds: float
 
 
@@ -209,16 +211,21 @@ def quantize(
             try:
                 outcome = run_pipeline(model, job, writer, progress)
             except torch.OutOfMemoryError as error:
-                other = "memory" if kept_at is Place.DEVICE and place.type != "cpu" else "disk"
-                raise InputError(
-                    f"{place} ran out of memory, which must hold one layer, its Hessians and with --activations "
-                    f"{kept_at} the calibration windows ({task.tokens.numel()} tokens); use --activations {other}, or "
-                    "fewer or shorter windows"
-                ) from error
+                raise out_of_memory(place, kept_at, task.tokens, "fewer or shorter windows") from error
             manifest = ranks.from_first(lambda: _finished(writer, model, method, task, job, outcome, stored))
         if not ranks.first:
             shutil.rmtree(directory, ignore_errors=True)
-    return Result(out, manifest, outcome.linears, time.perf_counter() - started)
+    return Result(out, manifest, outcome.linears, outcome.layers, time.perf_counter() - started)
+
+
+def out_of_memory(place: torch.device, kept_at: Place, tokens: Tensor, otherwise: str) -> InputError:
+    """What to do about a device that is full."""
+    needed, advice = "one layer and its Hessians", otherwise
+    if kept_at is not Place.DISK:
+        other = Place.MEMORY if kept_at is Place.DEVICE and place.type != "cpu" else Place.DISK
+        needed += f", and with --activations {kept_at} the states of {tokens.numel()} tokens"
+        advice = f"--activations {other}, or {otherwise}"
+    return InputError(f"{place} ran out of memory, which must hold {needed}; use {advice}")
 
 
 @dataclass(frozen=True)
@@ -355,6 +362,7 @@ def calibrate(
     shard: tuple[int, int] = (1, 1),
     seed: int = 0,
     device: str | torch.device = "cpu",
+    activations: str = "device",
     progress: Progress = silent,
 ) -> Header:
     """Write what the bases of one recipe or several are fitted on into the new file `out`; returns what it holds.
@@ -370,6 +378,7 @@ def calibrate(
     if not needs:
         raise InputError(f"{', '.join(method.name for method in methods)} fits no basis and needs no statistics")
     place, out, leaves = chosen_device(device), Path(out), Leaves(_counted(windows))
+    kept_at = chosen_activations(activations)
     first, stop = leaves.shard(*shard)
     check_free(out)
     model = Source.open(source)
@@ -397,12 +406,10 @@ def calibrate(
     tokens = chosen.tokens[slice(*header.span)]
     try:
         with full_float32():
-            sums = gather(model, dense(torch.float32, place), tokens, needs, leaves, first, progress)
+            buffers = Buffers(kept_at, place, out.parent)
+            sums = gather(model, dense(torch.float32, place), tokens, needs, leaves, first, progress, buffers)
     except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"{place} ran out of memory, which must hold one layer and the calibration windows ({tokens.numel()} "
-            "tokens); use smaller shards, or --device cpu"
-        ) from error
+        raise out_of_memory(place, kept_at, tokens, "smaller shards") from error
     statistics_file.write(Statistics(header, sums), out)
     return header
 

@@ -61,6 +61,7 @@ def reproduce(
     calibration: Sequence[str | Path] = (),
     statistics: str | Path | None = None,
     device: str | torch.device | None = None,
+    activations: str = "device",
     work: str | Path | None = None,
     progress: Progress = silent,
 ) -> Report:
@@ -68,9 +69,9 @@ def reproduce(
 
     `reproduce("llama-resq").differences.identical`. source, calibration, statistics: where the original, the texts and
     the statistics file are now; default: where they were. Their hashes must be those recorded. device: default the
-    recorded kind. The rerun has the recorded number of threads; it is written to a directory of its own in `work`,
-    default beside the checkpoint, and removed. Raises InputError for what cannot be run, and CheckpointError for a
-    checkpoint whose files are not as they were written.
+    recorded kind. activations: as for `quantize`, no bit depends on it. The rerun has the recorded number of threads;
+    it is written to a directory of its own in `work`, default beside the checkpoint, and removed. Raises InputError for
+    what cannot be run, and CheckpointError for a checkpoint whose files are not as they were written.
     """
     path, local = locate(checkpoint), Path(checkpoint).is_dir()
     first = CheckpointReader(path)
@@ -87,7 +88,7 @@ def reproduce(
     with _threads(recorded.get("threads")), _directory(room, f".{name}.reproduce-") as directory:
         environment = _environment(recorded, made_by(place))
         started, threads = time.perf_counter(), torch.get_num_threads()
-        again = _run(manifest, model, recipe, inputs, directory, place, progress)
+        again = _run(manifest, model, recipe, inputs, directory, place, activations, progress)
         seconds = time.perf_counter() - started
         found = differences(first, CheckpointReader(again), apart_from=APART_FROM, progress=progress)
     return Report(str(checkpoint), model.name, environment, found, threads, seconds)
@@ -232,18 +233,21 @@ def _run(
     inputs: _Inputs,
     directory: Path,
     place: torch.device,
+    activations: str,
     progress: Progress,
 ) -> Path:
     """Quantize into a new directory inside `directory`."""
     out, entry = directory / "again", inputs.entry
     options: dict[str, Any] = {"seed": manifest.recipe.seed, "untie": not manifest.ends.tied, "device": place}
+    options["activations"] = activations
     if entry is not None:
         sizes = {"windows": entry.windows, "window_length": entry.window_length}
         statistics = inputs.statistics
         if statistics is None and entry.statistics is not None:
             statistics = directory / "statistics.safetensors"
             collected: dict[str, Any] = {"recipe": recipe, "calibration": inputs.files, "seed": inputs.seed, **sizes}
-            calibrate(model.path, statistics, **collected, device=entry.statistics.device, progress=progress)
+            collected |= {"device": entry.statistics.device, "activations": activations}
+            calibrate(model.path, statistics, **collected, progress=progress)
         # 0 is recorded where rounding looked at none.
         options |= {"rounding_windows": entry.rounding_windows or None, "statistics": statistics, **sizes}
         options["calibration"] = inputs.files

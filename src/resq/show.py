@@ -110,16 +110,19 @@ def interval(delta: Interval) -> str:
 
 def quantized(result: Result) -> None:
     """What rounding each linear cost, what was written, and what to do next."""
-    table = Table(title="relative squared output error of each linear on its calibration inputs", title_justify="left")
+    looked = result.manifest.calibration is not None and result.manifest.calibration.rounding_windows
+    on = "outputs on the calibration windows" if looked else "weights"
+    table = Table(title=f"signal to noise of each linear's {on}, dB", title_justify="left", box=None, pad_edge=False)
     roles = list(dict.fromkeys(report.role for report in result.linears))
-    table.add_column("layer", justify="right")
-    for role in roles:
-        table.add_column(role, justify="right")
-    layers = sorted({report.layer for report in result.linears})
-    for layer in layers:
-        cells = {report.role: report for report in result.linears if report.layer == layer}
-        table.add_row(str(layer), *(f"{cells[role].error:.1e}" for role in roles))
+    for name in ("layer", *roles, "lost", "s", "memory"):
+        table.add_column(name, justify="right")
+    for layer in result.layers:
+        cells = {report.role: report for report in result.linears if report.layer == layer.layer}
+        worst = max(report.error for report in cells.values())
+        took = (f"{worst:.1e}", f"{layer.seconds:.1f}", size(layer.memory))
+        table.add_row(str(layer.layer), *(f"{cells[role].snr:.1f}" for role in roles), *took)
     out.print(table)
+    out.print("lost: of the worst linear, squared error over squared output. memory: most that the process held.\n")
     for note in result.manifest.notes:
         out.print(note)
     total = sum(file.bytes for file in result.manifest.files.values())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Annotated, NoReturn
 
 import typer
@@ -61,6 +63,13 @@ WikitextOption = Annotated[
     bool,
     typer.Option("--wikitext", help="--text is a WikiText split: join its rows by blank lines, as papers do."),
 ]
+ActivationsOption = Annotated[
+    str,
+    typer.Option(
+        help="Where the windows' hidden states lie: device, memory (with a card, the machine's) or disk, a file beside "
+        "--out."
+    ),
+]
 CheckpointArgument = Annotated[str, typer.Argument(help="A packed checkpoint: a directory or a hub id.")]
 
 
@@ -109,6 +118,14 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def interruption(notes: Sequence[str]) -> str:
+    """What is said of an interruption; torchrun makes one in every process when one ends, which has said why."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return "; ".join(["interrupted", *(notes or ("nothing half-written was kept",))])
+    process = f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')}"
+    return "; ".join([f"{process}: stopped by torchrun, as when another process ends before its time", *notes])
+
+
 def main() -> None:
     """Run the command line; an unusable input is one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -130,5 +147,5 @@ def main() -> None:
     except BaseException as error:
         if not _arrived:
             raise
-        err.print("; ".join(["interrupted", *getattr(error, "__notes__", ("nothing half-written was kept",))]))
+        err.print(interruption(getattr(error, "__notes__", ())), soft_wrap=True, highlight=False)
         sys.exit(130)

@@ -13,6 +13,7 @@ import typer
 from resq import show
 from resq.cli.app import (
     RECIPE_NAMES,
+    ActivationsOption,
     HeadBitsOption,
     JsonOption,
     RoundingWindowsOption,
@@ -80,13 +81,7 @@ def quantize(
             help="Processes that share the work on this machine: a number, or auto for one a card.", show_default="one"
         ),
     ] = None,
-    activations: Annotated[
-        str,
-        typer.Option(
-            help="Where the windows' hidden states lie: device, memory (with a card, the machine's) or disk, a file "
-            "beside --out.",
-        ),
-    ] = "device",
+    activations: ActivationsOption = "device",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was stopped; start it where there is none.")
     ] = False,
@@ -127,8 +122,10 @@ def quantize(
     if int(os.environ.get("RANK", "0")):  # of several processes the first tells
         return
     if json_output:
-        rows = [asdict(report) for report in result.linears]
-        print(json.dumps({"checkpoint": str(result.directory), "seconds": result.seconds, "linears": rows}))
+        linears = [{**asdict(report), "snr": report.snr if report.error else None} for report in result.linears]
+        layers = [asdict(report) for report in result.layers]
+        made = {"checkpoint": str(result.directory), "seconds": result.seconds}
+        print(json.dumps({**made, "linears": linears, "layers": layers}))
         return
     show.quantized(result)
 

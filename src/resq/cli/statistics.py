@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resq.cli.app import RECIPE_NAMES, JsonOption, WindowsOption, app
+from resq.cli.app import RECIPE_NAMES, ActivationsOption, JsonOption, WindowsOption, app
 from resq.errors import InputError
 from resq.show import bars, out
 
@@ -66,6 +66,7 @@ def calibrate(
     ] = "1/1",
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the choice of windows.")] = 0,
     device: Annotated[str, typer.Option(help="What computes: cpu, or cuda for an NVIDIA card.")] = "cpu",
+    activations: ActivationsOption = "device",
     json_output: JsonOption = False,
 ) -> None:
     """Collect what the bases are fitted on into a file that `resq quantize --statistics` takes, whole or by shards.
@@ -86,6 +87,7 @@ def calibrate(
             shard=part,
             seed=seed,
             device=device,
+            activations=activations,
             progress=progress,
         )
     _tell(out_file, header, json_output)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from resq.cli.app import BackendOption, CheckpointArgument, JsonOption, app
+from resq.cli.app import ActivationsOption, BackendOption, CheckpointArgument, JsonOption, app
 from resq.show import bars, differing, out
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def reproduce(
         str | None,
         typer.Option(help="What computes: cpu, or cuda for an NVIDIA card.", show_default="the recorded one"),
     ] = None,
+    activations: ActivationsOption = "device",
     work: Annotated[
         Path | None,
         typer.Option(
@@ -107,6 +108,7 @@ def reproduce(
             calibration=calibration or (),
             statistics=statistics,
             device=device,
+            activations=activations,
             work=work,
             progress=progress,
         )

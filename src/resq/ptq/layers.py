@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field, replace
 
@@ -45,6 +46,11 @@ class LinearReport:
     seconds: float
     dead_inputs: int = 0
     zero_rows: int = 0
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise of the outputs, dB; infinite without an error."""
+        return -10 * math.log10(self.error) if self.error else math.inf
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from resq.models.source import Source
 from resq.numerics.device import CPU, full_float32, moved
 from resq.numerics.maps import LinearMap
 from resq.numerics.moments import Leaves
+from resq.processes import Peak
 from resq.progress import Progress
 from resq.ptq.activations import Activations, Buffers
 from resq.ptq.checks import check_sizes
@@ -50,10 +51,21 @@ class Job:
 
 
 @dataclass(frozen=True)
+class LayerReport:
+    """What a layer took: wall time from its source to its integers, and the most bytes that the process held meanwhile
+    (`processes.held`: of the machine's memory, not a card's)."""
+
+    layer: int
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """What `quantize` tells: the cost of every linear, and remarks of the tuning for the manifest."""
+    """What `quantize` tells: the cost of every linear and every layer, and remarks of the tuning for the manifest."""
 
     linears: list[LinearReport]
+    layers: list[LayerReport]
     notes: list[str]
 
 
@@ -99,7 +111,7 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter | None, progress
         add_ends(writer, source, parts, job.device)
         del parts
         progress("embedding and head", 1, 1)
-    return Outcome(round_layers(source, placement, job, writer, progress), notes)
+    return Outcome(*round_layers(source, placement, job, writer, progress), notes)
 
 
 def all_maps(source: Source, job: Job, progress: Progress) -> tuple[dict[At, LinearMap], list[str]]:
@@ -133,35 +145,41 @@ def add_ends(writer: CheckpointWriter, source: Source, parts: EndParts, device: 
 
 def round_layers(
     source: Source, placement: Placement, job: Job, writer: CheckpointWriter | None, progress: Progress
-) -> list[LinearReport]:
+) -> tuple[list[LinearReport], list[LayerReport]]:
     """Pass 2: place, round and write layer by layer, from where an earlier process was."""
     recipe, shape, position = job.recipe, source.shape, job.position
     tokens = job.tokens[: job.rounding_windows] if recipe.needs_windows else job.tokens[:0]
     flow = Flow(Leaves(len(tokens)), position.ranks, job.buffers)
-    names, reports, begin = _layer_names(source), list[LinearReport](), first_layer(job, flow, writer)
+    names, begin = _layer_names(source), first_layer(job, flow, writer)
+    reports, layers = list[LinearReport](), list[LayerReport]()
     table_dtype = flow.ranks.from_first(lambda: "" if writer is None else writer.told("ends")["dtype"])
     states = starting_states(source, placement, job, flow, tokens, begin, getattr(torch, table_dtype))
     for index in range(begin):
         if writer is not None:
-            reports += [LinearReport(**report) for report in writer.told(f"layer-{index}")["linears"]]
+            told = writer.told(f"layer-{index}")
+            reports += [LinearReport(**report) for report in told["linears"]]
+            layers.append(LayerReport(**told["layer"]))
     progress("rounding", begin * len(Role), shape.layers * len(Role))
     for index in range(begin, shape.layers):
-        layer = placement.layer(moved(source.layer(index), job.device), index)
-        rounded, costs = round_layer(shape, layer, recipe, index, states["hidden"], states["exact"], flow, progress)
-        del layer
-        reports += costs
-        if writer is not None:
+        with Peak() as peak:
+            layer = placement.layer(moved(source.layer(index), job.device), index)
+            rounded, costs = round_layer(shape, layer, recipe, index, states["hidden"], states["exact"], flow, progress)
+            del layer
             prefix = source.layer_prefix(index)
-            golden, packed = golden_of_layer(rounded, prefix, names), moved(rounded, CPU)
+            golden = {} if writer is None else golden_of_layer(rounded, prefix, names)
+        reports += costs
+        layers.append(LayerReport(index, peak.seconds, peak.bytes))
+        if writer is not None:
+            packed = moved(rounded, CPU)
             parts = Parts({**packed.linears}, {**packed.norms}, {**packed.inputs}, packed.heads, packed.window)
-            told = {"linears": [asdict(cost) for cost in costs]}
+            told = {"linears": [asdict(cost) for cost in costs], "layer": asdict(layers[-1])}
             writer.add_layer(index, shape.layers, prefix, names, parts, golden, told)
             del packed, parts
-        del rounded
+        del rounded, golden
         if len(tokens) and index + 1 < shape.layers:
             kept = {name: each for name, each in states.items() if name == "hidden" or recipe.corrects}
             position.save(PHASE, index + 1, kept, flow.leaves, None)
-    return reports
+    return reports, layers
 
 
 def first_layer(job: Job, flow: Flow, writer: CheckpointWriter | None) -> int:
