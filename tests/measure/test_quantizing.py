@@ -28,6 +28,7 @@ OPTIONS = ["bench", "--quantizing", "--shape", "tiny", "--rounds", "3", "--threa
         (["--recipe", "rtn"], "recipe rtn rounds no down_proj by GPTQ"),
         (["--recipe", "resq-kv"], "recipe resq-kv rounds no down_proj by GPTQ"),
         (["--rounds", "0"], "--rounds is 0"),
+        (["--processes", "0"], "--processes is 0"),
         (["--shape", "tinny"], "did you mean tiny"),
         (["--prefill", "12"], "--prefill"),
         (["--device", "cuda"], "--device cuda"),
@@ -65,6 +66,17 @@ def test_rows_hold_every_round_and_what_it_is_held_against(tmp_path: Path, monke
         assert against == pytest.approx(least)
         assert gptq["seconds"][number] > about["parts"]["factor"][number]
     assert passed["about"]["needs"] == ["key", "residual", "value"]
+
+
+@pytest.mark.slow
+def test_several_processes_are_timed_beside_one(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    done = run(*OPTIONS, "--rounds", "1", "--processes", "2", "--out", str(file))
+    assert done.returncode == 0, done.stderr
+    row = read_rows(file)[-1]
+    assert row["name"] == "one process beside 2"
+    assert row["about"] == {"processes": 2, "windows": 32, "length": 512}
+    assert row["ratio"] == pytest.approx(row["seconds"][0] / row["against"][0])
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5-0.5b", "qwen3-0.6b"])

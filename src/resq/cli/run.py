@@ -110,6 +110,9 @@ def bench(
     quantizing: Annotated[
         bool, typer.Option("--quantizing", help="Quantizing instead: GPTQ of a --shape's down_proj, and pass 1.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option(help="quantizing: a whole job by so many processes of one thread, beside one process.")
+    ] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads.", show_default="one per core")] = None,
     out_file: Annotated[Path | None, typer.Option("--out", help="Append rows to this .jsonl file.")] = None,
     backend: BackendOption = None,
@@ -141,7 +144,11 @@ def bench(
         from resq.measure import quantizing as times
 
         work = times.QuantizingPlan(
-            shape or "llama-3.2-1b", recipe, threads=threads, rounds=3 if rounds is None else rounds
+            shape or "llama-3.2-1b",
+            recipe,
+            threads=threads,
+            rounds=3 if rounds is None else rounds,
+            processes=processes,
         )
         with bars() as progress:
             found = times.quantizing(work, progress=progress)
@@ -149,6 +156,8 @@ def bench(
             times.save(found, work, out_file)
         print(json.dumps({"rows": [part.row() for part in found]})) if json_output else show.quantizing_timed(found)
         return
+    if processes != 1:
+        raise InputError("--processes is for --quantizing; add it, or leave --processes out")
     if device is Device.CUDA:
         other = {"a checkpoint": directory, "--head-bits": head_bits, "--threads": threads, "--backend": backend}
         if wrong := [name for name, value in other.items() if value is not None]:

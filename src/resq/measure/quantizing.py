@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -15,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from resq import embedded
 from resq.backends.backend import Backend
 from resq.backends.reference import dense
 from resq.errors import InputError
@@ -34,14 +40,15 @@ from resq.ptq.rounding.gptq import Gptq, factor
 from resq.ptq.rounding.nearest import scales
 from resq.ptq.statistics import gather, in_dtype
 
-# Size of the square product whose rate is that of products; tokens of the vocabulary.
-PRODUCT, VOCABULARY = 2048, 4096
+# Size of the square product whose rate is that of products; tokens of the vocabulary; windows of each process.
+PRODUCT, VOCABULARY, SHARED_WINDOWS = 2048, 4096, 16
 
 
 @dataclass(frozen=True)
 class QuantizingPlan:
     """What to time: GPTQ of the first layer's down_proj of a published shape, and pass 1 over `windows` windows of
-    `length` tokens through `layers` layers of it, all with random weights. Everything runs once a round."""
+    `length` tokens through `layers` layers of it, all with random weights. Everything runs once a round. processes:
+    more than one are timed on a whole job beside one, each with one thread."""
 
     shape: str = "llama-3.2-1b"
     recipe: str = "resq"
@@ -50,6 +57,7 @@ class QuantizingPlan:
     layers: int = 2
     rounds: int = 3
     threads: int | None = None
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,7 @@ class Timed:
 def checked(plan: QuantizingPlan) -> tuple[Config, Recipe, Gptq]:
     """The configuration, the recipe and its GPTQ. Raises InputError for a plan that cannot be run; nothing is built."""
     counts = {"--rounds": plan.rounds, "--threads": plan.threads, "windows": plan.windows, "layers": plan.layers}
+    counts["--processes"] = plan.processes
     for what, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"{what} is {count}; at least 1 is needed")
@@ -101,8 +110,9 @@ def quantizing(plan: QuantizingPlan, *, progress: Progress = silent) -> list[Tim
         with tempfile.TemporaryDirectory(prefix="resq-quantizing-") as directory:
             write_source(config, Path(directory))
             source = Source.open(directory)
+            shared = [] if plan.processes == 1 else [time_processes(Path(directory), plan, progress)]
             passed = time_pass(source, recipe, plan, progress)
-            return [time_gptq(source.shape, recipe, rounding, plan, progress), passed]
+            return [time_gptq(source.shape, recipe, rounding, plan, progress), passed, *shared]
     finally:
         torch.set_num_threads(before)
 
@@ -161,6 +171,36 @@ def time_pass(source: Source, recipe: Recipe, plan: QuantizingPlan, progress: Pr
         progress("pass 1", number, plan.rounds)
     about = {"windows": plan.windows, "length": plan.length, "layers": shape.layers, "needs": sorted(recipe.needs)}
     return Timed("pass 1", tuple(seconds), tuple(against), about)
+
+
+def time_processes(source: Path, plan: QuantizingPlan, progress: Progress) -> Timed:
+    """One process of one thread beside several of one thread each that torchrun started, on the whole job of quantizing
+    `source`; seconds are the job's own, without the start of Python. Raises InputError when a run fails."""
+    for file in embedded.model_directory().glob("tokenizer*"):
+        shutil.copy(file, source / file.name)
+    windows = SHARED_WINDOWS * plan.processes
+    job = ["-m", "resq", "quantize", str(source), "--recipe", plan.recipe, "--calibration", embedded.TEXT, "--json"]
+    job += ["--windows", str(windows), "--window-length", str(plan.length)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.processes}"]
+    seconds, against = [], []
+    with tempfile.TemporaryDirectory(prefix="resq-quantized-") as room:
+        for number in range(plan.rounds):
+            for into, start in ((seconds, []), (against, torchrun)):
+                out = Path(room) / f"{number}-{len(start)}"
+                done = subprocess.run(
+                    [sys.executable, *start, *job, "--out", str(out)],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    capture_output=True,
+                    text=True,
+                    check=False,
+                )
+                if done.returncode:
+                    raise InputError(f"quantizing for --processes failed: {done.stderr.strip().splitlines()[-1]}")
+                into.append(json.loads(done.stdout)["seconds"])
+                shutil.rmtree(out)
+            progress("processes", number + 1, plan.rounds)
+    about = {"processes": plan.processes, "windows": windows, "length": plan.length}
+    return Timed(f"one process beside {plan.processes}", tuple(seconds), tuple(against), about)
 
 
 @torch.no_grad()
