@@ -30,7 +30,7 @@ from resq.checkpoint.manifest import (
     StatisticsEntry,
     TextEntry,
 )
-from resq.checkpoint.work import WorkDirectory, work_path
+from resq.checkpoint.work import WorkDirectory, differences, work_path
 from resq.checkpoint.writer import CheckpointWriter
 from resq.durable import check_free, sha256_of
 from resq.errors import InputError
@@ -187,7 +187,8 @@ def quantize(
             work = None
             if ranks.first:
                 inputs = {**task.inputs(method, keep_tied=keep_tied), "seed": seed, "device": place.type}
-                work = held.enter_context(WorkDirectory(out, inputs, resume=resume))
+                about = {name: each for name, each in made_by(place).items() if name != "time"}
+                work = held.enter_context(WorkDirectory(out, inputs, resume=resume, about=about))
             directory = ranks.from_first(lambda: work_path(out))
             directory.mkdir(parents=True, exist_ok=True)  # on another machine than the first process's
             moments = None if stored is None else stored.moments(method.needs)
@@ -325,8 +326,9 @@ def _finished(
         raise InputError(f"files of {model.name} changed while it was quantized; start again with the files at rest")
     _copy_files(model, writer)
     setting = Setting(model.shape, method.precision, job.seed, job.device)
+    ended = made_by(job.device)
     header = {
-        "made_by": made_by(job.device),
+        "made_by": ended,
         "recipe": RecipeEntry(**method.describe(), seed=job.seed),
         "source": SourceEntry(
             name=model.name,
@@ -343,6 +345,7 @@ def _finished(
             *outcome.notes,
             *rounding_notes(outcome.linears),
             *([] if stored is None else device_notes(stored.header, job.device)),
+            *(f"resumed: {each}" for each in differences({**writer.work.about, "time": ended["time"]}, ended)),
         ],
     }
     hub = "/" in model.name and not Path(model.name).exists()

@@ -152,8 +152,9 @@ def test_work_is_refused_without_resume_with_other_inputs_and_twice(tmp_path: Pa
         InputError, match=r"seed is 2, was 1; source config.json differs; recipe name is rtn, was resq;"
     ):
         WorkDirectory(out, other, resume=True)
-    with WorkDirectory(out, inputs, resume=True) as work:
+    with WorkDirectory(out, inputs, resume=True, about={"threads": "2"}) as work:
         assert work.resumed
+        assert work.about == {}
         assert CheckpointWriter(work).finished == LAYERS
 
 

@@ -26,14 +26,17 @@ class WorkDirectory:
     """State: the work on the checkpoint `out`, taken by one process at a time.
 
     `with WorkDirectory(out, inputs, resume=True) as work: …`. inputs: what decides every bit of the result, plain JSON
-    by name; a job that was begun with others is refused by the name of what changed. When the block is left by an
+    by name; a job that was begun with others is refused by the name of what changed. about: what is only remarked on;
+    `about` then is what the job was begun with. When the block is left by an
     exception, what was finished is kept for `resume`, and the exception gets a note that says so; nothing is left
     where nothing was finished, and nothing after `finish`.
 
     Raises InputError when `out` exists, when work on it lies there and `resume` is false, or another process is at it.
     """
 
-    def __init__(self, out: Path, inputs: Mapping[str, Any], *, resume: bool = False) -> None:
+    def __init__(
+        self, out: Path, inputs: Mapping[str, Any], *, resume: bool = False, about: Mapping[str, Any] | None = None
+    ) -> None:
         self.out, self.path = out, work_path(out)
         self.checkpoint = self.path / "checkpoint"
         check_free(out)
@@ -46,10 +49,10 @@ class WorkDirectory:
             before = self.record(JOB_FILE.removesuffix(".json"))
             if before is None:  # without its job, what may lie here cannot be trusted
                 self._clear()
-                self.save("job", dict(inputs))
+                self.save("job", {"inputs": dict(inputs), "about": dict(about or {})})
             elif not resume:
                 raise InputError(f"{out} was begun and not finished; go on with --resume, or remove {self.path}")
-            elif changed := differences(before, json.loads(json.dumps(dict(inputs)))):
+            elif changed := differences(before["inputs"], json.loads(json.dumps(dict(inputs)))):
                 raise InputError(
                     f"{out} was begun with other inputs: {'; '.join(changed)}; give the same again, or remove "
                     f"{self.path}"
@@ -65,6 +68,7 @@ class WorkDirectory:
         for directory in (self.path, self.checkpoint):
             remove_halves(directory)
         self.resumed = before is not None
+        self.about: Mapping[str, Any] = dict(about or {}) if before is None else before["about"]
         self._finished = False
 
     def __enter__(self) -> WorkDirectory:
