@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from resq.errors import InputError
 
@@ -107,3 +107,19 @@ def write_tensors(
 
     dense = {name: tensor.contiguous() for name, tensor in tensors.items()}
     written(file, lambda work: save_file(dense, work, metadata=dict(metadata or {})), replace=replace)
+
+
+def write_object(file: Path, make: Callable[[], Any]) -> None:
+    """Tensors in plain containers, for `torch.load`, in one piece. Raises OSError."""
+    import torch
+
+    def write(work: Path) -> None:
+        with open(work, "xb") as stream:
+            try:
+                torch.save(make(), stream)
+            except RuntimeError as error:  # torch closes its archive after a failure, and fails again
+                if isinstance(first := error.__context__, OSError):
+                    raise OSError(*first.args) from error
+                raise
+
+    written(file, write)

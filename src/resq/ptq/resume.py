@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from resq.checkpoint.work import WorkDirectory
-from resq.durable import sha256_of, writing, written
+from resq.durable import sha256_of, write_object, writing
 from resq.models.architecture import Site
 from resq.numerics import maps as kinds
 from resq.numerics.device import CPU, moved
@@ -90,7 +90,7 @@ class Position:
                     start, end = leaves.span(leaf, leaf + 1)
                     save(each, start - begin, end - begin, file)
             if sums is not None and (file := self._sums(phase, layer)) is not None:
-                written(file, lambda work: torch.save(moved(sums(), CPU), work))
+                write_object(file, lambda: moved(sums(), CPU))
         self.ranks.agree(True)  # everyone's files are there before the record says so
         if self.work is not None:
             self.work.save("position", {"phase": phase, "layer": layer})
@@ -127,7 +127,7 @@ class Position:
             return
         file = self.work.file(MAPS_FILE)
         with writing(self.work.out, None):
-            written(file, lambda work: torch.save([_described(at, map) for at, map in maps.items()], work))
+            write_object(file, lambda: [_described(at, map) for at, map in maps.items()])
         self.work.save("maps", {"sha256": sha256_of(file), "notes": notes})
 
 
