@@ -441,9 +441,9 @@ def rounding_notes(reports: Sequence[LinearReport]) -> list[str]:
         if report.damping is not None and report.damping > least:
             notes.append(f"{name}: Cholesky needed damping {report.damping:g}")
         if report.dead_inputs:
-            notes.append(f"{name}: {report.dead_inputs} inputs are 0 on every calibration token")
+            notes.append(f"{name}: inputs that are 0 on every calibration token: {report.dead_inputs}")
         if report.zero_rows:
-            notes.append(f"{name}: {report.zero_rows} rows are 0")
+            notes.append(f"{name}: rows without a weight: {report.zero_rows}")
     return notes
 
 

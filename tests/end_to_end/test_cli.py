@@ -175,6 +175,25 @@ def test_a_damaged_source_is_refused_by_name(checkpoint: Callable[..., Path], te
     assert not (tmp_path / "out").exists()
 
 
+def test_dead_channels_are_told_and_an_overflow_names_its_layer(
+    checkpoint: Callable[..., Path], text: Path, tmp_path: Path
+) -> None:
+    source, given = checkpoint(), ["--calibration", text, *SMALL, "--recipe", "gptq"]
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.gate_proj.weight"][3:5] = 0.0
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    done = run("quantize", source, "--out", tmp_path / "out", *given)
+    assert done.returncode == 0, done.stderr
+    notes = json.loads((tmp_path / "out" / "resq.json").read_text())["notes"]
+    told = ["layer 1 gate: rows without a weight: 2", "layer 1 down: inputs that are 0 on every calibration token: 2"]
+    assert [note for note in notes if note.startswith("layer")] == told
+    assert all(note in done.stdout for note in told)
+    weights["model.layers.1.mlp.down_proj.weight"] *= 1e30
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1e30
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    one_line(run("quantize", source, "--out", tmp_path / "other", *given), "layer 1", "NaN or Inf")
+
+
 def test_an_altered_checkpoint_is_refused(packed: tuple[Path, Path]) -> None:
     _, out = packed
     file = next(out.glob("model-layer-*.safetensors"))
