@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -131,7 +132,7 @@ def talking(ranks: Ranks) -> Iterator[None]:
 def _short(error: Exception) -> str:
     """The last words of a message that may hold a C++ stack."""
     words = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return words.rsplit("] ", 1)[-1][:120].rstrip(". ")
+    return words.rsplit("] ", 1)[-1].split(". ")[0][:120].rstrip(". ")
 
 
 def started(environment: Mapping[str, str] = os.environ) -> bool:
@@ -160,10 +161,19 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        # One group for the life of the process: a second one would meet the addresses of the first, and wait for ever.
+        if not dist.is_initialized():
+            dist.init_process_group(backend, timeout=PATIENCE)
+            atexit.register(_leave)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of the job do not find each other ({_short(error)}); see torchrun") from error
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        _leave()  # the others wait for an answer
+        raise
+
+
+def _leave() -> None:
+    if _dist().is_initialized():
+        _dist().destroy_process_group()
