@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -10,7 +11,8 @@ from resq.errors import InputError
 
 
 def launch(devices: str | None, device: str) -> None:
-    """Become torchrun with so many processes of the same command; return where one is enough or it runs already.
+    """Run this command as so many processes of torchrun's engine and exit as the first that failed, or with 0; return
+    where one process is enough or this is one of several.
 
     devices: a number, `auto` for one process a card, or None. Raises InputError for something else.
     """
@@ -21,11 +23,24 @@ def launch(devices: str | None, device: str) -> None:
     count = counted(devices, device)
     if count == 1:
         return
-    if "OMP_NUM_THREADS" not in os.environ:  # torchrun would give each process one thread, and say so at length
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    if "OMP_NUM_THREADS" not in os.environ:  # the engine would give each process one thread, and say so at length
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    sys.stdout.flush()
-    os.execv(sys.executable, [*command, "-m", "resq", *without(sys.argv[1:], "--devices")])
+    for name in logging.root.manager.loggerDict:  # each has a level of its own; the processes say what is wrong
+        if name.startswith("torch.distributed."):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+    engine = ["--standalone", f"--nproc-per-node={count}", "-m", "resq", *without(sys.argv[1:], "--devices")]
+    try:
+        run.run(run.parse_args(engine))
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 1)
+    except SignalException:
+        sys.exit(130)
+    sys.exit(0)
 
 
 def counted(devices: str, device: str) -> int:
