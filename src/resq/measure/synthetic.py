@@ -125,8 +125,18 @@ def mapped_table(shape: Shape, generator: torch.Generator) -> Tensor:
 
 
 def online_maps(recipe: Recipe, shape: Shape, seed: int) -> dict[At, LinearMap]:
-    """The recipe's maps at the sites where they run online, fitted to random statistics; tuning, which would move their
-    values alone, is left out."""
+    """The recipe's maps at the sites where they run online, as `random_maps` gives them, in float32."""
+    maps = random_maps(recipe, shape, seed)
+    online = {at: map for at, map in maps.items() if at.site in ONLINE and not isinstance(map, Diagonal)}
+    return {
+        at: replace(map, matrix=map.matrix.to(torch.float32)) if isinstance(map, Dense) else map
+        for at, map in online.items()
+    }
+
+
+def random_maps(recipe: Recipe, shape: Shape, seed: int) -> dict[At, LinearMap]:
+    """The recipe's maps but for the residual's, fitted to random statistics; tuning, which would move their values
+    alone, is left out."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*sizes: int) -> Tensor:
@@ -146,11 +156,7 @@ def online_maps(recipe: Recipe, shape: Shape, seed: int) -> dict[At, LinearMap]:
     maps: dict[At, LinearMap] = {}
     for basis in recipe.basis:
         maps |= _without_residual(basis).fit(moments, setting)
-    online = {at: map for at, map in maps.items() if at.site in ONLINE and not isinstance(map, Diagonal)}
-    return {
-        at: replace(map, matrix=map.matrix.to(torch.float32)) if isinstance(map, Dense) else map
-        for at, map in online.items()
-    }
+    return maps
 
 
 def _without_residual(basis: Basis) -> Basis:

@@ -22,6 +22,9 @@ from resq.models.refused import structural_reason
 from resq.numerics.formats import PLAIN, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear
 
+# Weight files mapped at once: a layer may begin in one and end in the next. torch maps them as private memory, which a
+# limit on a process's data counts.
+MAPPED = 2
 HEADER_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 # What a hub download needs: weights, configuration, tokenizer, chat template.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
@@ -107,6 +110,15 @@ def read_config(path: Path) -> dict[str, Any]:
     return {**raw, **known}
 
 
+def original_config(path: Path, name: str) -> dict[str, Any]:
+    """`read_config` of an original. Raises InputError for a checkpoint that is quantized already."""
+    config = read_config(path)
+    if quantized := read_object(path / "config.json").get("quantization_config"):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise InputError(f"{name} is already quantized ({method}); give the 16- or 32-bit original")
+    return config
+
+
 class Source:
     """State: an opened checkpoint; tensors are read from the mapped files when asked for.
 
@@ -115,10 +127,7 @@ class Source:
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
-        self.config = read_config(path)
-        if quantized := read_object(path / "config.json").get("quantization_config"):
-            method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
-            raise InputError(f"{name} is already quantized ({method}); give the 16- or 32-bit original")
+        self.config = original_config(path, name)
         self.architecture: Architecture = architecture_for(self.config["model_type"])
         self.shape: Shape = self.architecture.shape(self.config)
         self._files: dict[str, Any] = {}
@@ -208,14 +217,19 @@ class Source:
         )
 
     def _open(self, file: str) -> Any:
-        if file not in self._files:
+        """A weight file; the last `MAPPED` that were asked for stay open."""
+        handle = self._files.pop(file, None)
+        if handle is None:
             try:
-                self._files[file] = safe_open(self.path / file, framework="pt")
+                handle = safe_open(self.path / file, framework="pt")
             except SafetensorError as error:
                 raise InputError(
                     f"{self.path / file} is not a whole safetensors file ({error}); fetch it again"
                 ) from error
-        return self._files[file]
+        self._files[file] = handle
+        while len(self._files) > MAPPED:
+            del self._files[next(iter(self._files))]
+        return handle
 
     @property
     def shards(self) -> list[str]:

@@ -1,0 +1,91 @@
+"""What quantizing a model will take and give, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resq import show_plan
+from resq.cli.app import RECIPE_NAMES, HeadBitsOption, JsonOption, RoundingWindowsOption, WindowsOption, app
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Hugging Face checkpoint: a directory, a config.json alone, a hub id (no weights are fetched), or "
+            "`tiny`."
+        ),
+    ],
+    recipe: Annotated[
+        str,
+        typer.Option(help="As for `resq quantize`.", autocompletion=lambda: list(RECIPE_NAMES)),
+    ] = "resq",
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The calibration texts: long ones take memory to tokenize. May be repeated.",
+            show_default="texts of many small documents",
+        ),
+    ] = None,
+    windows: WindowsOption = 128,
+    rounding_windows: RoundingWindowsOption = None,
+    window_length: Annotated[
+        int | None, typer.Option(help="Tokens per window.", show_default="2048 or the context")
+    ] = None,
+    bits: Annotated[
+        int | None, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.", show_default="the recipe's, 4")
+    ] = None,
+    head_bits: HeadBitsOption = None,
+    untie: Annotated[bool, typer.Option("--untie", help="Give a tied lm_head a matrix of its own.")] = False,
+    device: Annotated[str, typer.Option(help="What computes: cpu, or cuda for an NVIDIA card.")] = "cpu",
+    activations: Annotated[
+        str, typer.Option(help="Where the windows' hidden states lie: device, memory or disk.")
+    ] = "device",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the KV cache that is counted.", show_default="the model's context")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences in it.")] = 1,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Run the middle layer for real on a few windows and correct the estimate."),
+    ] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Say what `resq quantize` with the same options will take and give: memory, disk, time, size, bits, support.
+
+    No weights are read. Rates are measured here, in seconds; memory comes from sizes alone.
+
+    For example: `resq plan path/to/llama --windows 128 --activations disk`
+    """
+    from resq import api
+    from resq.measure.plan import Asked, described, planned
+    from resq.measure.plan_rehearse import rehearsed
+
+    recipe_asked, device_asked = api.chosen_recipe(recipe, bits, head_bits), api.chosen_device(device)
+    kept_at = api.chosen_activations(activations)
+    model = described(source)
+    longest = [file.stat().st_size for file in calibration or () if file.is_file() and file.suffix != ".jsonl"]
+    asked = Asked(
+        recipe=recipe_asked,
+        windows=windows,
+        rounding_windows=min(api.DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows,
+        window_length=min(api.DEFAULT_LENGTH, model.shape.max_positions) if window_length is None else window_length,
+        untie=untie,
+        device=device_asked,
+        activations=kept_at,
+        context=context,
+        batch=batch,
+        text=max(longest, default=None),
+    )
+    found = planned(model, asked)
+    if rehearse:
+        found = rehearsed(found)
+    if json_output:
+        print(json.dumps(found.record()))
+    else:
+        show_plan.planned(found)

@@ -1,0 +1,271 @@
+"""`resq plan`: its memory is what real runs take, its sizes are those of real checkpoints, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.conftest import make_checkpoint, run
+
+import resq
+from resq.api import chosen_recipe
+from resq.errors import InputError
+from resq.measure.ledger import ledger
+from resq.measure.plan import Asked, Machine, described, logged, planned
+from resq.measure.plan_memory import Work, holdings, nodes
+from resq.measure.plan_rehearse import rehearsed
+from resq.measure.plan_time import Rates, seconds
+from resq.measure.shapes import shape_named
+from resq.models.architecture import architecture_for
+from resq.processes import Peak
+from resq.ptq.activations import Place
+
+GB = 10**9
+RATES = Rates(1e11, 5e10, 1e10, 1e9, 1e10, 1e7, 1e8, 1e9, 1e9)
+ROOM = Machine(64 * GB, None, 64 * GB)
+# What `quantize` is planned and then run with, in a process of its own: one that has done nothing yet.
+RUN = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from resq import api
+from resq.measure.plan import Asked, described, logged, planned
+from resq.processes import Peak, return_blocks
+from resq.ptq.activations import Place
+
+source, out, recipe, windows, rounding, length, place, text = sys.argv[1:]
+return_blocks()
+asked = Asked(api.chosen_recipe(recipe, None, None), int(windows), int(rounding), int(length), activations=Place(place))
+plan = planned(described(source), asked)
+with Peak() as peak:
+    api.quantize(source, out, recipe=recipe, calibration=[text], windows=int(windows), window_length=int(length),
+                 rounding_windows=int(rounding), activations=place, progress=peak.watched())
+print(json.dumps([vars(row) for row in logged(plan, peak)]))
+"""
+
+
+def asked(recipe: str = "resq", **changes: Any) -> Asked:
+    bits, head = changes.pop("bits", None), changes.pop("head_bits", None)
+    return Asked(chosen_recipe(recipe, bits, head), **{"windows": 8, "window_length": 64, **changes})
+
+
+def plan_of(directory: Path, recipe: str = "resq", **changes: Any) -> Any:
+    machine = changes.pop("machine", ROOM)
+    return planned(described(directory), asked(recipe, **changes), rates=RATES, process=GB // 4, machine=machine)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [
+        ("resq", {}),
+        ("resq", {"head_bits": 8}),
+        ("resq", {"untie": True}),
+        ("resq", {"bits": 3}),
+        ("rtn", {"head_bits": 8}),
+        ("quik", {}),
+        ("quarot", {}),
+        ("resq-246", {"bits": 3}),
+        ("resq-kv", {}),
+        ("resq-paper", {}),
+    ],
+)
+def test_size_and_bits_are_those_of_the_checkpoint(tmp_path: Path, recipe: str, options: dict[str, Any]) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    text.write_text("what is planned is what is made. " * 200)
+    made = resq.quantize(
+        directory, tmp_path / "out", recipe=recipe, calibration=text, windows=8, window_length=64, **options
+    )
+    plan = plan_of(directory, recipe, **options)
+    real, guessed = ledger(made.manifest, 16), plan.size.ledger
+    for name in ("weight_bits", "activation_bits", "key_bits", "value_bits", "kv_bytes_per_token"):
+        assert getattr(guessed, name) == pytest.approx(getattr(real, name)), name
+    assert guessed.source_bytes == real.source_bytes
+    # Headers are most of what is unknown in a model this small.
+    assert guessed.bytes == pytest.approx(real.bytes, abs=0.03 * real.bytes + 4096)
+    first = made.manifest.layers[0]
+    online = {
+        "query_key": first.key.map,
+        "attn_out": first.inputs["o_in"].map,
+        "mlp_hidden": first.inputs["down_in"].map,
+    }
+    for site, entry in online.items():
+        assert (site in plan.size.transforms) == (entry is not None)
+        assert entry is None or plan.size.transforms[site].startswith(f"{entry.kind} of {entry.size}")
+    assert [note for note in plan.notes if "Hadamard" in note] == [
+        note for note in made.manifest.notes if "Hadamard" in note
+    ]
+
+
+def test_a_configuration_alone_gives_the_same_plan(tmp_path: Path) -> None:
+    whole = make_checkpoint(tmp_path / "model", dtype="float32")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(whole / "config.json", bare)
+    plans = [plan_of(each) for each in (whole, bare, bare / "config.json")]
+    assert plans[1].phases == plans[2].phases
+    assert {plan.peak for plan in plans} == {plans[0].peak}
+    assert {plan.model.dtype for plan in plans} == {"float32"}
+    assert not plans[0].notes
+    assert "no weights are at hand: float32" in plans[1].notes[0]
+    with pytest.raises(InputError, match="has no weights at hand"):
+        rehearsed(plans[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, ["--recipe", "resqq"], "no recipe 'resqq'"),
+        ({}, ["--windows", "0"], "--windows is 0"),
+        ({}, ["--rounding-windows", "9", "--windows", "8"], "--rounding-windows 9 must lie in 1 … 8"),
+        ({}, ["--window-length", "257"], "--window-length 257 must lie in 2 … 256"),
+        ({}, ["--windows", "1", "--window-length", "64"], "64 calibration tokens are too few"),
+        ({}, ["--activations", "tape"], "--activations 'tape'"),
+        ({}, ["--bits", "5"], "--bits 5"),
+        ({}, ["--context", "300"], "--context 300"),
+        ({"quantization_config": {"quant_method": "awq"}}, [], "already quantized (awq)"),
+        ({"model_type": "gpt2"}, [], "gpt2"),
+    ],
+)
+def test_refusals_are_one_line(tmp_path: Path, changes: dict[str, Any], options: list[str], words: str) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    done = run("plan", str(directory), *options)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_tensors_that_do_not_belong_are_refused_before_anything_is_read(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    file = directory / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 180}))
+    with pytest.raises(InputError, match=r"its config\.json says"):
+        plan_of(directory)
+
+
+def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    options: dict[str, Any] = {"windows": 4096, "window_length": 256}
+    roomy = plan_of(directory, **options)
+    assert roomy.fits
+    assert not roomy.advice
+    tight = plan_of(directory, **options, machine=replace(ROOM, memory=roomy.peak))
+    assert not tight.fits
+    _, peak, enough = next(each for each in tight.advice if each[0] == "--activations disk")
+    assert enough
+    assert peak == plan_of(directory, **options, activations=Place.DISK).peak < roomy.peak
+    none = plan_of(directory, **options, machine=replace(ROOM, memory=GB // 4))
+    assert none.advice
+    assert not any(enough for _, _, enough in none.advice)
+    assert not plan_of(directory, machine=replace(ROOM, disk=1000)).fits
+
+
+def work(**changes: Any) -> Work:
+    config = shape_named("llama-3.1-8b")
+    shape = architecture_for(config["model_type"]).shape(config)
+    given = {"windows": 128, "rounding_windows": 128, "length": 2048}
+    return Work(shape, chosen_recipe(changes.pop("recipe", "resq"), None, None), **{**given, **changes})
+
+
+def test_memory_does_not_grow_with_depth_and_time_does() -> None:
+    shallow, deep = (
+        replace(each, shape=replace(each.shape, layers=layers)) for each, layers in ((work(), 32), (work(), 128))
+    )
+    peaks = [max(holding.machine(cuda=False) for holding in holdings(each, 0)) for each in (shallow, deep)]
+    assert peaks[1] < 1.05 * peaks[0]
+    took = [seconds(each, RATES, GB, GB)["rounding"] for each in (shallow, deep)]
+    assert took[1] == pytest.approx(4 * took[0], rel=0.02)
+
+
+def test_states_leave_memory_for_disk_and_a_card_for_memory() -> None:
+    def peaks(place: Place, *, cuda: bool) -> tuple[int, int]:
+        found = holdings(work(place=place, cuda=cuda), 0)
+        return max(each.machine(cuda=cuda) for each in found), max(each.card(cuda=cuda) for each in found)
+
+    states = 4 * 128 * 2048 * 4096
+    assert peaks(Place.DEVICE, cuda=False)[0] - peaks(Place.DISK, cuda=False)[0] == states
+    assert peaks(Place.DEVICE, cuda=True)[1] - peaks(Place.MEMORY, cuda=True)[1] == states
+    assert peaks(Place.MEMORY, cuda=True)[0] >= states
+
+
+@pytest.mark.parametrize(("windows", "most"), [(0, 0), (1, 1), (8, 1), (9, 2), (24, 2), (32, 3), (64, 4), (128, 5)])
+def test_a_tree_holds_one_node_for_each_size_and_the_one_under_way(windows: int, most: int) -> None:
+    assert nodes(windows) == most
+
+
+def test_the_command_says_all_on_one_screen_and_as_json() -> None:
+    done = run("plan", "tiny", "--windows", "8", "--rehearse", "--context", "128", "--batch", "4")
+    assert done.returncode == 0, done.stderr
+    for words in ("fits: memory", "hadamard of 688", "tied, kept tied", "128 × 4 tokens", "rehearsed with layer 2"):
+        assert words in done.stdout
+    assert len(done.stdout.splitlines()) < 40
+    told = json.loads(run("plan", "tiny", "--windows", "8", "--recipe", "spinquant", "--json").stdout)
+    assert told["fits"] is True
+    tuning = next(phase for phase in told["phases"] if phase["name"].startswith("learned"))
+    assert tuning["seconds"] is None
+    assert any("neither its time nor its memory" in note for note in told["notes"])
+    assert told["peak_bytes"] == max(phase["peak"] for phase in told["phases"])
+
+
+def test_real_figures_stand_beside_the_plan(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path / "model")
+    plan = plan_of(directory)
+    with Peak() as peak:
+        tell = peak.watched()
+        for phase in ("collecting moments", "embedding and head", "rounding"):
+            tell(phase, 0, 1)
+            tell(phase, 1, 1)
+    rows = {row.phase: row for row in logged(plan, peak)}
+    assert list(rows) == ["collecting moments", "fitting bases", "embedding and head", "rounding", "all"]
+    assert rows["all"].planned_peak == plan.peak
+    assert rows["all"].peak == peak.bytes
+    assert rows["rounding"].planned_seconds == plan.phases[-1].seconds
+
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "vocab_size": 8192,
+    "max_position_embeddings": 512,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
+@pytest.mark.parametrize(
+    ("recipe", "windows", "rounding", "length", "place"),
+    [
+        ("resq", 64, 64, 256, "device"),
+        ("resq", 128, 32, 256, "disk"),
+        ("gptq", 16, 16, 512, "device"),
+        ("resq+", 24, 24, 256, "memory"),
+        ("rtn", 8, 8, 256, "device"),
+        ("quik", 32, 16, 512, "disk"),
+    ],
+)
+def test_peak_is_within_fifteen_percent_of_the_plan(
+    tmp_path: Path, recipe: str, windows: int, rounding: int, length: int, place: str
+) -> None:
+    directory = make_checkpoint(tmp_path / "model", **SIZES)
+    text = tmp_path / "text.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"document {number}. " * 40}) for number in range(400)))
+    given = [str(directory), str(tmp_path / "out"), recipe, windows, rounding, length, place, text]
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, *map(str, given)], capture_output=True, text=True, check=False, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    whole = rows[-1]
+    assert whole["peak"] == pytest.approx(whole["planned_peak"], rel=0.15), rows
