@@ -173,6 +173,7 @@ def test_what_a_killed_process_leaves_at_any_moment_goes_on_to_the_same_bytes(
 
 
 def test_what_is_finished_is_not_done_again(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unstopped(home, "resq+")
     out, calls = tmp_path / "out", list[Any]()
 
     def counted(module: Any, name: str, said: Callable[..., Any]) -> None:

@@ -114,6 +114,9 @@ def _interrupt(number: int, frame: object) -> None:
 
 def fail(message: str) -> NoReturn:
     """One line on standard error, exit code 2."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ends all processes when one ends: this one does already
+        for number in INTERRUPTS:
+            signal.signal(number, signal.SIG_IGN)
     err.print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True, highlight=False)
     sys.exit(2)
 
