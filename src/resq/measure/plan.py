@@ -27,8 +27,9 @@ from resq.ptq.recipe import Recipe, Statistic
 
 # What of a hub model is fetched for a plan.
 DESCRIBED = ["*.json", "tokenizer*"]
-# Of two GB and more, below so much of what is free: sizes are right to 15 %.
+# What is planned times this must be free: memory is right to 15 %.
 MARGIN = 1.15
+# Windows and tokens a window that advice goes down to: one leaf of the tree, and half a thousand.
 FEWEST, SHORTEST = 8, 512
 # Steps that `Peak` saw, under the names of a plan's phases.
 NAMED = {"before embedding and head": "fitting bases"}

@@ -16,9 +16,10 @@ from resq.ptq.recipe import Recipe, Statistic
 from resq.ptq.rounding import ROWS
 from resq.ptq.rounding.gptq import Gptq
 
-# Bytes while a file is tokenized, per byte of text; and per token where its documents are small.
+# Bytes while a file is tokenized, per byte of text (8 MB, the embedded model's tokenizer); per token where documents
+# are small.
 TOKENIZED, PER_TOKEN = 172, 40
-# What libraries keep for themselves once they compute: 35 to 45 MB in runs of six recipes, one thread.
+# What libraries keep for themselves once they compute: 15 to 48 MB in six runs of five recipes, one thread.
 LIBRARIES = 40 << 20
 # [n, n] float64 that fitting one basis of n coordinates takes: moment, argument, vectors, LAPACK's two, their signs.
 FITTED = 7
@@ -26,8 +27,8 @@ FITTED = 7
 DEQUANTIZED = 25
 # float64 [ROWS, in] while a block of rows is rounded, and as many more where it is corrected.
 BLOCKS, CORRECTED = 6, 4
-# float32 [tokens, F] of the MLP, and [tokens, H·h] of attention, at once.
-MLP, ATTENTION = 5, 8
+# float32 [tokens, F] of the MLP at once, where its activations are rounded too, and [tokens, H·h] of attention.
+MLP, MLP_ROUNDED, ATTENTION = 5, 8, 6
 
 
 @dataclass(frozen=True)
@@ -171,9 +172,11 @@ def _first_pass(work: Work) -> Iterator[Moment]:
     sums["moments of values and keys"] = small + leaves * _small_moments(work)
     layer = {"a layer in float32": 4 * work.weights()}
     yield Moment("reading a layer", {**states, **sums, **layer, "one linear in float64": 16 * largest}, host)
-    window = 4 * length * (4 * d + ATTENTION * heads)
+    # What the window before was is let go step by step.
+    before = length * 4 * (4 * d + heads + shape.ffn)
+    window = 4 * length * (4 * d + ATTENTION * heads) + before
     yield Moment("attention", {**states, **sums, **layer, "one window": window}, host)
-    window = 4 * length * (5 * d + heads + MLP * shape.ffn)
+    window = 4 * length * (5 * d + heads + (MLP + 1) * shape.ffn)
     yield Moment("the MLP", {**states, **sums, **layer, "one window": window}, host)
     window = 4 * length * (6 * d + 3 * heads + 2 * shape.ffn)
     if Statistic.RESIDUAL in needs:
@@ -210,7 +213,8 @@ def _ends(work: Work) -> Iterator[Moment]:
     host = {"embedding": 2 * table}
     if not work.keep_tied:
         host["head"] = 2 * table if head is None else table
-    rows = {"a block of the vocabulary": 32 * BLOCK * shape.hidden, "maps": maps(work)}
+    wide = 32 if work.recipe.folds_norms else 18
+    rows = {"a block of the vocabulary": wide * BLOCK * shape.hidden, "maps": maps(work)}
     yield Moment("placing the embedding", rows, host)
     if work.keep_tied and work.recipe.folds_norms:
         yield Moment("the head's map", {"the head's map": 4 * square, "maps": maps(work)}, {})
@@ -222,12 +226,12 @@ def _second_pass(work: Work) -> Iterator[Moment]:
     states, host = _stated(work, count, "hidden states", streams * work.states(count))
     attended = _stated(work, count, "attention's outputs", 4 * streams * count * length * heads)
     held = {**states, "maps": maps(work)}
-    sizes, left, done = shape.sizes(), list(Role), list[Role]()
+    sizes, done = shape.sizes(), list[Role]()
+    left = [role for roles in READERS.values() for role in roles]
     down = 8 * work.weights(Role.DOWN)
     wide = {"a layer in float64": 8 * work.weights()}
     yield Moment("placing a layer", {**held, **wide, "one linear more": 2 * down}, host)
-    order = [role for roles in READERS.values() for role in roles]
-    left = order.copy()
+    mlp = (MLP_ROUNDED if recipe.sees_rounded else MLP) * shape.ffn
     for point, roles in READERS.items():
         size = sizes[roles[0]][1]
         square, kinds = 8 * size * size, 2 if recipe.corrects else 1
@@ -240,7 +244,8 @@ def _second_pass(work: Work) -> Iterator[Moment]:
         if point is Point.O_IN:
             own |= attended[0]
             own_host |= attended[1]
-        window = 4 * length * (MLP * shape.ffn + 2 * d) if point is Point.DOWN_IN else 12 * length * (size + d)
+        # The input of the window before is there until the next is made.
+        window = 4 * length * (mlp + size + 2 * d) if point is Point.DOWN_IN else 4 * length * (4 * size + 3 * d)
         if recipe.needs_moment:
             tree = {f"Hessians of {_input(point)}": kinds * nodes(count) * square}
             yield Moment(f"moments of {_input(point)}", {**own, **layer, **tree, "one window": window}, own_host)
@@ -265,7 +270,7 @@ def _second_pass(work: Work) -> Iterator[Moment]:
                 "packed linears": sum(work.packed(each) for each in done),
             }
         if count and point in (Point.ATTN_IN, Point.DOWN_IN):
-            widths = ATTENTION * heads if point is Point.ATTN_IN else MLP * shape.ffn
+            widths = ATTENTION * heads if point is Point.ATTN_IN else mlp
             run = {"one window": 4 * length * (4 * d + widths)}
             more = attended if point is Point.ATTN_IN else ({}, {})
             yield Moment(f"past {_input(point)}", {**own, **more[0], **layer, **run}, {**own_host, **more[1]})
