@@ -186,7 +186,7 @@ class Peak:
         self.bytes, self.seconds = 0, 0.0
         self.phases: dict[str, tuple[float, int]] = {}
         self._phase = self._part = 0
-        self._end = threading.Event()
+        self._end, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Peak:
@@ -208,23 +208,27 @@ class Peak:
             self._look()
 
     def _look(self) -> None:
-        now = held()
-        self.bytes, self._phase, self._part = (max(each, now) for each in (self.bytes, self._phase, self._part))
+        with self._lock:
+            now = held()
+            self.bytes, self._phase, self._part = (max(each, now) for each in (self.bytes, self._phase, self._part))
 
     def taken(self) -> int:
         """The most bytes since this was asked last."""
         self._look()
-        most, self._part = self._part, 0
+        with self._lock:
+            most, self._part = self._part, 0
         return most
 
     def watched(self, progress: Progress = silent) -> Progress:
         """The same progress, whose phases are kept."""
 
         def tell(phase: str, done: int, total: int) -> None:
+            self._look()
             name, now = phase if done else f"before {phase}", time.perf_counter()
             seconds, most = self.phases.get(name, (0.0, 0))
-            self.phases[name] = seconds + now - self._told, max(most, self._phase)
-            self._told, self._phase = now, 0
+            with self._lock:
+                self.phases[name] = seconds + now - self._told, max(most, self._phase)
+                self._told, self._phase = now, 0
             progress(phase, done, total)
 
         return tell

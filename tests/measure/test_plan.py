@@ -247,12 +247,10 @@ SIZES: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("recipe", "windows", "rounding", "length", "place"),
     [
-        ("resq", 64, 64, 256, "device"),
         ("resq", 128, 32, 256, "disk"),
-        ("gptq", 16, 16, 512, "device"),
         ("resq+", 24, 24, 256, "memory"),
         ("rtn", 8, 8, 256, "device"),
-        ("quik", 32, 16, 512, "disk"),
+        ("quik", 32, 16, 512, "device"),
     ],
 )
 def test_peak_is_within_fifteen_percent_of_the_plan(

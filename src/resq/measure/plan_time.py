@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,8 +27,8 @@ from resq.ptq.rounding.nearest import Nearest
 # Sizes of what is timed: square products in float32 and float64, a factor, an eigenbasis, columns of rounded rows;
 # bytes that are copied, hashed and written.
 PRODUCT, FACTOR, EIGEN, COLUMNS, BYTES = 1024, 768, 384, 512, 32 << 20
-# Timed so often at least, and for so many seconds; the best counts.
-REPEATS, SECONDS = 2, 0.1
+# Timed so often at least, and for so many seconds; the median counts, for a machine that is shared stays so.
+REPEATS, SECONDS = 3, 0.2
 # float32 values of a token written and read by norms, RoPE, softmax and gates, per coordinate of their inputs.
 TOUCHED = 24
 
@@ -52,7 +53,7 @@ class Rates:
 def measured(device: torch.device = CPU, directory: Path | None = None) -> Rates:
     """The rates of this machine now, with the threads that torch has; directory: where files would be written."""
 
-    def best(run: Callable[[], Any]) -> float:
+    def typical(run: Callable[[], Any]) -> float:
         found, began = [], time.perf_counter()
         while len(found) < REPEATS or time.perf_counter() - began < SECONDS:
             started = time.perf_counter()
@@ -60,7 +61,7 @@ def measured(device: torch.device = CPU, directory: Path | None = None) -> Rates
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             found.append(time.perf_counter() - started)
-        return min(found)
+        return statistics.median(found)
 
     generator = torch.Generator().manual_seed(0)
     wide = torch.randn(PRODUCT, PRODUCT, generator=generator, dtype=torch.float64).to(device)
@@ -68,22 +69,22 @@ def measured(device: torch.device = CPU, directory: Path | None = None) -> Rates
     other = torch.empty_like(copy)
     sample = torch.randn(2 * FACTOR, FACTOR, generator=generator).to(device)
     moment = second_moment(sample)
-    float64 = 2 * PRODUCT**3 / best(lambda: wide @ wide)
+    float64 = 2 * PRODUCT**3 / typical(lambda: wide @ wide)
     rows, bands = wide[:ROWS, :COLUMNS].contiguous(), Bands.of((4, COLUMNS))
     small = InputMoments(moment[:COLUMNS, :COLUMNS].contiguous())
     factor(small, Gptq().damping)
-    rounded = best(lambda: Gptq()(rows, small, bands, None)) - rows.shape[0] * COLUMNS**2 / float64
+    rounded = typical(lambda: Gptq()(rows, small, bands, None)) - rows.shape[0] * COLUMNS**2 / float64
     buffer = os.urandom(1 << 20) * (BYTES >> 20)
     return Rates(
-        float32=2 * PRODUCT**3 / best(lambda: plain @ plain),
+        float32=2 * PRODUCT**3 / typical(lambda: plain @ plain),
         float64=float64,
-        factor=FACTOR**3 / best(lambda: factor(InputMoments(moment), Gptq().damping)),
-        eigen=EIGEN**3 / best(lambda: torch.linalg.eigh(moment[:EIGEN, :EIGEN])),
-        memory=2 * BYTES / best(lambda: other.copy_(copy)),
+        factor=FACTOR**3 / typical(lambda: factor(InputMoments(moment), Gptq().damping)),
+        eigen=EIGEN**3 / typical(lambda: torch.linalg.eigh(moment[:EIGEN, :EIGEN])),
+        memory=2 * BYTES / typical(lambda: other.copy_(copy)),
         gptq=rows.numel() / max(rounded, 1e-6),
-        nearest=rows.numel() / best(lambda: Nearest()(rows, None, bands, None)),
-        sha256=BYTES / best(lambda: hashlib.sha256(buffer).digest()),
-        disk=BYTES / best(lambda: _write(buffer, directory)),
+        nearest=rows.numel() / typical(lambda: Nearest()(rows, None, bands, None)),
+        sha256=BYTES / typical(lambda: hashlib.sha256(buffer).digest()),
+        disk=BYTES / typical(lambda: _write(buffer, directory)),
     )
 
 
