@@ -219,7 +219,8 @@ def empty(file: Path) -> None:
 
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
+    for place in range(len(content) // 4, len(content) // 2):  # one bit may be padding, or of what is finished
+        content[place] ^= 0x7F
     file.write_bytes(content)
 
 
