@@ -185,7 +185,7 @@ class Peak:
     def __init__(self) -> None:
         self.bytes, self.seconds = 0, 0.0
         self.phases: dict[str, tuple[float, int]] = {}
-        self._phase = self._part = 0
+        self._phase = 0
         self._end, self._lock = threading.Event(), threading.Lock()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -210,14 +210,7 @@ class Peak:
     def _look(self) -> None:
         with self._lock:
             now = held()
-            self.bytes, self._phase, self._part = (max(each, now) for each in (self.bytes, self._phase, self._part))
-
-    def taken(self) -> int:
-        """The most bytes since this was asked last."""
-        self._look()
-        with self._lock:
-            most, self._part = self._part, 0
-        return most
+            self.bytes, self._phase = max(self.bytes, now), max(self._phase, now)
 
     def watched(self, progress: Progress = silent) -> Progress:
         """The same progress, whose phases are kept."""
