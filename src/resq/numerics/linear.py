@@ -78,6 +78,11 @@ class PackedLinear:
             parts[0].bands, qweight, torch.cat([part.scale for part in parts]), torch.cat(biases) if biases else None
         )
 
+    def rows(self, cut: slice) -> PackedLinear:
+        """Some rows."""
+        qweight = tuple(part[cut] for part in self.qweight)
+        return PackedLinear(self.bands, qweight, self.scale[cut], None if self.bias is None else self.bias[cut])
+
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""

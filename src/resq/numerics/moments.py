@@ -133,10 +133,11 @@ class LeafSums:
 
     def tree(self, first: int) -> Tree:
         """The leaves' tree, where the first of them has this number; the sums are given away to it."""
+        summed = Tree(owns=True)
+        for number in range(first, first + len(self.sums)):
+            summed.push(Node(0, number, mirrored(self.sums.pop(0))))
         tree = Tree()
-        for number, total in enumerate(self.sums, start=first):
-            tree.push(Node(0, number, mirrored(total)))
-        self.sums = []
+        tree.nodes = summed.nodes
         return tree
 
 

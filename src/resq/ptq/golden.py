@@ -27,8 +27,7 @@ def golden_of(linear: Linear, format: ActivationFormat) -> Golden | None:
     x = golden_input(format.bands, format.groups)
     here, parts = moved(x, ops.device), []
     for start in range(0, linear.shape[0], BLOCK):
-        cut = slice(start, start + BLOCK)
-        some = PackedLinear(linear.bands, tuple(part[cut] for part in linear.qweight), linear.scale[cut], None)
+        some = linear.rows(slice(start, start + BLOCK))
         parts.append(ops.accumulate(here, ops.prepack(some, format)))
     return moved(Golden.of(here, torch.cat(parts, dim=-1)), CPU)
 

@@ -84,9 +84,12 @@ class Stream:
 
     def put(self, role: Role, linear: Linear, bias: Tensor | None) -> None:
         """Run on with this weight, in the dtype of the operators; bias: the one before it was stored."""
-        wide = linear.dequantize(torch.float64) if isinstance(linear, PackedLinear) else linear.weight.to(torch.float64)
-        kept = None if bias is None else bias.to(self.ops.dtype)
-        self.layer.linears[role] = DenseLinear(wide.to(self.ops.dtype), kept)
+        kept, dtype = None if bias is None else bias.to(self.ops.dtype), self.ops.dtype
+        if isinstance(linear, PackedLinear):
+            blocks = (linear.rows(cut).dequantize(torch.float64).to(dtype) for cut in blocks_of_rows(linear.shape[0]))
+            self.layer.linears[role] = DenseLinear(torch.cat(list(blocks)), kept)
+        else:
+            self.layer.linears[role] = DenseLinear(linear.weight.to(torch.float64).to(dtype), kept)
 
     def advance(self, point: Point) -> None:
         """Pass the group that reads `point`."""
@@ -140,8 +143,8 @@ def round_layer(
     wanted = Stream(ops, shape, layer, exact, flow.buffers) if recipe.corrects else None
     reports: list[LinearReport] = []
     for point, roles in READERS.items():
-        weight = layer.linears[roles[0]].weight
-        moments = input_moments(seen, wanted, point, weight, flow) if recipe.needs_moment else None
+        size = layer.linears[roles[0]].weight.shape[1]
+        moments = input_moments(seen, wanted, point, size, flow) if recipe.needs_moment else None
         for role in roles:
             started = time.perf_counter()
             linear = layer.linears.pop(role)
@@ -181,7 +184,7 @@ def rounded_by_rows(
 ) -> tuple[PackedLinear, LinearReport]:
     """Round blocks of `ROWS` rows, each by the rank that owns it; all ranks get them all. Blocks are the same for any
     number of ranks, so that the bits are too."""
-    cuts = [slice(start, start + ROWS) for start in range(0, len(linear.weight), ROWS)]
+    cuts = blocks_of_rows(len(linear.weight))
     mine: dict[int, _Block] = {}
     for number in ranks.share(len(cuts)):
         cut = cuts[number]
@@ -197,6 +200,11 @@ def rounded_by_rows(
     error = sum(block.lost for block in blocks) / max(sum(block.energy for block in blocks), 1e-300)
     report = LinearReport(0, "", error, max(dampings, default=None), 0.0, *_empty(linear, moments))
     return PackedLinear.stacked([block.linear for block in blocks]), report
+
+
+def blocks_of_rows(rows: int) -> list[slice]:
+    """`ROWS` at once."""
+    return [slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
 
 
 def kept_wide(linear: DenseLinear, moments: InputMoments | None) -> tuple[DenseLinear, LinearReport]:
@@ -235,18 +243,17 @@ def clipped_inputs(
     return formats
 
 
-def input_moments(seen: Stream, wanted: Stream | None, point: Point, weight: Tensor, flow: Flow) -> InputMoments:
-    """Sums over all ranks' windows of the inputs of the linears at `point`, one of which has this weight."""
-    size, leaves = weight.shape[1], flow.ranks.span(flow.leaves)
-    like = weight.new_empty((size, size), dtype=torch.float64)
+def input_moments(seen: Stream, wanted: Stream | None, point: Point, size: int, flow: Flow) -> InputMoments:
+    """Sums over all ranks' windows of the inputs, `size` coordinates, of the linears at `point`."""
+    leaves, device = flow.ranks.span(flow.leaves), seen.ops.device
     second, cross = TreeSum(flow.leaves, leaves[0]), TreeSum(flow.leaves, leaves[0])
     for number in range(len(seen.hidden)):
         x = seen.input(point, number)
         second.add(number, x)
         if wanted is not None:
             cross.add_cross(number, x, wanted.input(point, number))
-    total = flow.ranks.total(second.tree(), flow.leaves, like)
-    return InputMoments(total, None if wanted is None else flow.ranks.total(cross.tree(), flow.leaves, like))
+    total = flow.ranks.total(second.tree(), flow.leaves, size, device)
+    return InputMoments(total, None if wanted is None else flow.ranks.total(cross.tree(), flow.leaves, size, device))
 
 
 def output_error(weight: Tensor, rounded: Tensor, moments: InputMoments | None) -> tuple[float, float]:

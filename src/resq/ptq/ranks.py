@@ -87,21 +87,17 @@ class Ranks:
                     tree.push(Node((stop - first).bit_length() - 1, first, total))
         return tree
 
-    def sent(self, tensor: Tensor | None, like: Tensor, source: int = 0) -> Tensor:
-        """The tensor of process `source` in all of them; like: its shape, dtype and device."""
-        if self.size == 1:
-            assert tensor is not None
-            return tensor
-        given = tensor.contiguous() if tensor is not None and self.rank == source else torch.empty_like(like)
-        with talking(self):
-            _dist().broadcast(given, src=source)
-        return given
-
-    def total(self, tree: Tree, leaves: Leaves, like: Tensor) -> Tensor:
-        """The sum over all leaves, in all processes, from every rank's tree of its own; like: its shape, dtype and
-        device."""
+    def total(self, tree: Tree, leaves: Leaves, size: int, device: torch.device) -> Tensor:
+        """The sum over all leaves, float64 [size, size] on `device` in all processes, from every rank's tree of its
+        own."""
         whole = self.summed(tree, leaves)
-        return self.sent(whole.total() if self.first else None, like)
+        if self.size == 1:
+            return whole.total()
+        shape = (size, size)
+        given = whole.total().contiguous() if self.first else torch.empty(shape, dtype=torch.float64, device=device)
+        with talking(self):
+            _dist().broadcast(given, src=0)
+        return given
 
     def share(self, count: int) -> range:
         """The tasks among 0 … count - 1 that this process takes."""
