@@ -30,7 +30,7 @@ from resq.checkpoint.manifest import (
     StatisticsEntry,
     TextEntry,
 )
-from resq.checkpoint.work import WorkDirectory, differences, work_path
+from resq.checkpoint.work import WorkDirectory, differences, remove_remains, work_path
 from resq.checkpoint.writer import CheckpointWriter
 from resq.durable import check_free, sha256_of
 from resq.errors import InputError
@@ -179,6 +179,7 @@ def quantize(
         stored = None if statistics is None or not ranks.first else statistics_file.read(Path(statistics))
         given = _Given(calibration, statistics, windows, rounding_windows, window_length, seed)
         if ranks.first:
+            remove_remains(out)
             check_free(out)
         model = Source.open(source)
         task = ranks.from_first(lambda: _task(method, model, given, stored, place, progress))
@@ -211,16 +212,21 @@ def quantize(
                 progress(f"resumed after layer {writer.finished} of {model.shape.layers}", 1, 1)
             try:
                 outcome = run_pipeline(model, job, writer, progress)
-            except torch.OutOfMemoryError as error:
-                raise out_of_memory(place, kept_at, task.tokens, "fewer or shorter windows") from error
+            except (RuntimeError, MemoryError) as error:
+                raise (out_of_memory(error, place, kept_at, task.tokens, "fewer or shorter windows")) from error
             manifest = ranks.from_first(lambda: _finished(writer, model, method, task, job, outcome, stored))
         if not ranks.first:
             shutil.rmtree(directory, ignore_errors=True)
     return Result(out, manifest, outcome.linears, outcome.layers, time.perf_counter() - started)
 
 
-def out_of_memory(place: torch.device, kept_at: Place, tokens: Tensor, otherwise: str) -> InputError:
-    """What to do about a device that is full."""
+def out_of_memory(
+    error: BaseException, place: torch.device, kept_at: Place, tokens: Tensor, otherwise: str
+) -> BaseException:
+    """What to do about a device that is full; another error as it is."""
+    # On a CPU torch raises a plain RuntimeError.
+    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+        return error
     needed, advice = "one layer and its Hessians", otherwise
     if kept_at is not Place.DISK:
         other = Place.MEMORY if kept_at is Place.DEVICE and place.type != "cpu" else Place.DISK
@@ -411,8 +417,8 @@ def calibrate(
         with full_float32():
             buffers = Buffers(kept_at, place, out.parent)
             sums = gather(model, dense(torch.float32, place), tokens, needs, leaves, first, progress, buffers)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(place, kept_at, tokens, "smaller shards") from error
+    except (RuntimeError, MemoryError) as error:
+        raise out_of_memory(error, place, kept_at, tokens, "smaller shards") from error
     statistics_file.write(Statistics(header, sums), out)
     return header
 

@@ -304,3 +304,22 @@ def test_what_belongs_to_a_model_is_copied_and_nothing_else(
     assert not (made.directory / "corpus.txt").exists()
     assert not (made.directory / "trainer_state.json").exists()
     assert "additional_chat_templates/tools.jinja" in made.manifest.copied
+
+
+def test_a_log_has_the_plan_and_what_was(checkpoint: Callable[..., Path], text: Path, tmp_path: Path) -> None:
+    log, given = tmp_path / "log.jsonl", ["--calibration", text, *SMALL]
+    done = run("quantize", checkpoint(), "--out", tmp_path / "out", *given, "--log", log)
+    assert done.returncode == 0, done.stderr
+    assert "peak memory" in done.stdout
+    row = json.loads(log.read_text())
+    assert [phase["phase"] for phase in row["phases"]][-2:] == ["rounding", "all"]
+    whole = row["phases"][-1]
+    assert 0.5 < whole["peak"] / whole["planned_peak"] < 2
+    assert len(row["linears"]) == 14
+    assert [layer["layer"] for layer in row["layers"]] == [0, 1]
+    assert {"commit", "machine", "command"} <= set(row)
+    one_line(run("quantize", checkpoint(), "--out", tmp_path / "o", *given, "--log", tmp_path / "no" / "x"), "no")
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "job.json").write_text("{}")
+    one_line(run("quantize", checkpoint(), "--out", tmp_path / "out", *given, "--resume"), "exists already")
+    assert not (tmp_path / ".out.partial").exists()

@@ -22,6 +22,13 @@ def work_path(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+def remove_remains(out: Path) -> None:
+    """Remove the work directory of a job that was killed after its checkpoint had taken its place `out`."""
+    path = work_path(out)
+    if out.is_dir() and (path / JOB_FILE).is_file() and not (path / "checkpoint").exists():
+        shutil.rmtree(path, ignore_errors=True)
+
+
 class WorkDirectory:
     """State: the work on the checkpoint `out`, taken by one process at a time.
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from resq import show_plan
 from resq.cli.app import RECIPE_NAMES, HeadBitsOption, JsonOption, RoundingWindowsOption, WindowsOption, app
+
+if TYPE_CHECKING:
+    from resq.measure.plan import Plan
 
 
 @app.command()
@@ -62,30 +66,64 @@ def plan(
 
     For example: `resq plan path/to/llama --windows 128 --activations disk`
     """
-    from resq import api
-    from resq.measure.plan import Asked, described, planned
     from resq.measure.plan_rehearse import rehearsed
 
-    recipe_asked, device_asked = api.chosen_recipe(recipe, bits, head_bits), api.chosen_device(device)
-    kept_at = api.chosen_activations(activations)
-    model = described(source)
-    longest = [file.stat().st_size for file in calibration or () if file.is_file() and file.suffix != ".jsonl"]
-    asked = Asked(
-        recipe=recipe_asked,
+    found = plan_of(
+        source,
+        recipe=recipe,
+        calibration=calibration,
         windows=windows,
-        rounding_windows=min(api.DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows,
-        window_length=min(api.DEFAULT_LENGTH, model.shape.max_positions) if window_length is None else window_length,
+        rounding_windows=rounding_windows,
+        window_length=window_length,
+        bits=bits,
+        head_bits=head_bits,
         untie=untie,
-        device=device_asked,
-        activations=kept_at,
+        device=device,
+        activations=activations,
         context=context,
         batch=batch,
-        text=max(longest, default=None),
     )
-    found = planned(model, asked)
     if rehearse:
         found = rehearsed(found)
     if json_output:
         print(json.dumps(found.record()))
     else:
         show_plan.planned(found)
+
+
+def plan_of(
+    source: str,
+    *,
+    recipe: str,
+    calibration: Sequence[Path] | None,
+    windows: int,
+    rounding_windows: int | None,
+    window_length: int | None,
+    bits: int | None,
+    head_bits: float | None,
+    untie: bool,
+    device: str,
+    activations: str,
+    context: int | None = None,
+    batch: int = 1,
+) -> Plan:
+    """The plan of what is typed."""
+    from resq import api
+    from resq.measure.plan import Asked, described, planned
+
+    chosen, place = api.chosen_recipe(recipe, bits, head_bits), api.chosen_device(device)
+    kept_at, model = api.chosen_activations(activations), described(source)
+    longest = [file.stat().st_size for file in calibration or () if file.is_file() and file.suffix != ".jsonl"]
+    asked = Asked(
+        recipe=chosen,
+        windows=windows,
+        rounding_windows=min(api.DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows,
+        window_length=min(api.DEFAULT_LENGTH, model.shape.max_positions) if window_length is None else window_length,
+        untie=untie,
+        device=place,
+        activations=kept_at,
+        context=context,
+        batch=batch,
+        text=max(longest, default=None),
+    )
+    return planned(model, asked)

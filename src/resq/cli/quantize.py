@@ -6,11 +6,11 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resq import show
+from resq import show, show_plan
 from resq.cli.app import (
     RECIPE_NAMES,
     ActivationsOption,
@@ -20,9 +20,14 @@ from resq.cli.app import (
     app,
 )
 from resq.cli.devices import launch
+from resq.cli.plan import plan_of
 from resq.embedded import MODEL
 from resq.errors import InputError
-from resq.show import bars
+from resq.processes import Peak, return_blocks
+from resq.show import bars, out
+
+if TYPE_CHECKING:
+    from resq.api import Result
 
 
 @app.command()
@@ -85,6 +90,10 @@ def quantize(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with a job that was stopped; start it where there is none.")
     ] = False,
+    log: Annotated[
+        Path | None,
+        typer.Option(help="Append a row to this .jsonl file: time and memory beside `resq plan`, layers, linears."),
+    ] = None,
     json_output: JsonOption = False,
 ) -> None:
     """Quantize a checkpoint and write it packed.
@@ -93,14 +102,38 @@ def quantize(
 
     For example: `resq quantize path/to/llama --calibration wiki.train.raw --out llama-resq`
     """
+    from resq.api import DEFAULT_WINDOWS
     from resq.api import quantize as run
+    from resq.measure.plan import logged
+    from resq.measure.rows import append_row, check_appendable, provenance
 
     launch(devices, device)
+    first = not int(os.environ.get("RANK", "0"))  # of several processes one tells
+    if log is not None:
+        check_appendable(log)
     if source is None:
         if calibration:
             raise InputError(f"no source was given; name a checkpoint directory, a hub id or {MODEL}")
         source = MODEL
-    with bars() as progress:
+    return_blocks()
+    plan = None
+    if log is not None and first:
+        if statistics is not None:
+            raise InputError("--log compares with `resq plan`, which knows no --statistics; leave one of them out")
+        plan = plan_of(
+            source,
+            recipe=recipe,
+            calibration=calibration,
+            windows=DEFAULT_WINDOWS if windows is None else windows,
+            rounding_windows=rounding_windows,
+            window_length=window_length,
+            bits=bits,
+            head_bits=head_bits,
+            untie=untie,
+            device=device,
+            activations=activations,
+        )
+    with bars() as progress, Peak() as peak:
         result = run(
             source,
             out_dir,
@@ -117,17 +150,25 @@ def quantize(
             device=device,
             activations=activations,
             resume=resume,
-            progress=progress,
+            progress=peak.watched(progress),
         )
-    if int(os.environ.get("RANK", "0")):  # of several processes the first tells
+    if not first:
         return
+    beside = None if plan is None else logged(plan, peak)
+    if log is not None and plan is not None and beside is not None:
+        row = {"kind": "quantized", "checkpoint": result.directory.name, **_costs(result), **provenance()}
+        append_row(log, {**row, "plan": plan.record(), "phases": [asdict(each) for each in beside]})
     if json_output:
-        linears = [{**asdict(report), "snr": report.snr if report.error else None} for report in result.linears]
-        layers = [asdict(report) for report in result.layers]
-        made = {"checkpoint": str(result.directory), "seconds": result.seconds}
-        print(json.dumps({**made, "linears": linears, "layers": layers}))
+        print(json.dumps({"checkpoint": str(result.directory), "seconds": result.seconds, **_costs(result)}))
         return
     show.quantized(result)
+    if beside is not None:
+        out.print(show_plan.beside(beside), soft_wrap=True)
+
+
+def _costs(result: Result) -> dict[str, Any]:
+    linears = [{**asdict(report), "snr": report.snr if report.error else None} for report in result.linears]
+    return {"linears": linears, "layers": [asdict(report) for report in result.layers]}
 
 
 @app.command()

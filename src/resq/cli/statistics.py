@@ -10,6 +10,7 @@ import typer
 
 from resq.cli.app import RECIPE_NAMES, ActivationsOption, JsonOption, WindowsOption, app
 from resq.errors import InputError
+from resq.processes import return_blocks
 from resq.show import bars, out
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def calibrate(
     from resq.api import calibrate as run
 
     part = parsed_shard(shard)
+    return_blocks()
     with bars() as progress:
         header = run(
             source,
