@@ -334,6 +334,30 @@ def gpu_memory() -> list[str]:
     return [*table(header, lines), "", made_on(rows)]
 
 
+def large() -> list[str]:
+    rows = read_rows(ROOT / "results" / "large.jsonl")
+    lines = []
+    for row in rows:
+        whole, per_layer = row["phases"][-1], sorted(layer["seconds"] for layer in row["layers"])
+        planned = f"{whole['planned_peak'] / 1e9:.2f} GB (× {whole['peak'] / whole['planned_peak']:.2f})"
+        took = f"{whole['seconds'] / 60:.1f} min"
+        time = "" if whole["planned_seconds"] is None else f"{whole['planned_seconds'] / 60:.1f} min"
+        layer = f"{per_layer[len(per_layer) // 2]:.0f} s"
+        lines.append([row["checkpoint"], f"{whole['peak'] / 1e9:.2f} GB", planned, took, time, layer])
+    header = ["checkpoint", "peak", "planned", "time", "planned", "a layer's rounding"]
+    return [*table(header, lines), "", made_on(rows)]
+
+
+def quantizing() -> list[str]:
+    newest = {row["name"]: row for row in read_rows(ROOT / "results" / "quantizing.jsonl")}
+    lines = []
+    for name, row in newest.items():
+        seconds, against = (sorted(row[key])[len(row[key]) // 2] for key in ("seconds", "against"))
+        lines.append([name, row["plan"]["shape"], f"{seconds:.1f} s", f"{against:.1f} s", f"× {row['ratio']:.2f}"])
+    rows = list(newest.values())
+    return [*table(["what", "sizes of", "took", "beside", "times as long"], lines), "", made_on(rows)]
+
+
 TABLES = {
     "gpu_code": gpu_code,
     "gpu_memory": gpu_memory,
@@ -350,6 +374,8 @@ TABLES = {
     "calibration": calibration,
     "speed": speed,
     "operators": operators,
+    "large": large,
+    "quantizing": quantizing,
 }
 
 
