@@ -53,7 +53,7 @@ class WorkDirectory:
             self._lock = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            before = self.record(JOB_FILE.removesuffix(".json"))
+            before = self._job()
             if before is None:  # without its job, what may lie here cannot be trusted
                 self._clear()
                 self.save("job", {"inputs": dict(inputs), "about": dict(about or {})})
@@ -93,6 +93,11 @@ class WorkDirectory:
 
     def _files(self) -> list[Path]:
         return list(self.path.iterdir()) if self.path.is_dir() else []
+
+    def _job(self) -> dict[str, Any] | None:
+        """What the work was begun with; None where nobody can say."""
+        found = self.record(JOB_FILE.removesuffix(".json"))
+        return found if found is not None and {*found} == {"inputs", "about"} else None
 
     def _clear(self) -> None:
         shutil.rmtree(self.checkpoint, ignore_errors=True)
