@@ -94,6 +94,9 @@ class Kept:
     def restart(self, layer: int) -> None:
         del self.layers[layer:]
 
+    def begin_anew(self) -> None:
+        assert self.ends is None
+
     def add_ends(self, names: Mapping[str, str], parts: EndParts, *more: Any) -> None:
         self.ends = parts
 

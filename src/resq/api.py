@@ -30,7 +30,7 @@ from resq.checkpoint.manifest import (
     StatisticsEntry,
     TextEntry,
 )
-from resq.checkpoint.work import WorkDirectory, differences, remove_remains, work_path
+from resq.checkpoint.work import WorkDirectory, check_not_finished, differences, remove_remains, work_path
 from resq.checkpoint.writer import CheckpointWriter
 from resq.durable import check_free, sha256_of
 from resq.errors import InputError
@@ -180,9 +180,13 @@ def quantize(
         given = _Given(calibration, statistics, windows, rounding_windows, window_length, seed)
         if ranks.first:
             remove_remains(out)
-            check_free(out)
+            check_not_finished(out, resume=resume)
         model = Source.open(source)
         task = ranks.from_first(lambda: _task(method, model, given, stored, place, progress))
+        if ranks.size > 1:
+            seen = source_files(model) if ranks.leads and not ranks.first else task.files
+            ranks.same("files of the source", {name: entry.sha256 for name, entry in seen.items()})
+            ranks.same("settings", {name: made_by(place)[name] for name in ("resq", "torch", "threads", "device")})
         keep_tied = model.shape.tied and method.precision.head is None and not untie
         with ExitStack() as held:
             work = None
@@ -209,7 +213,7 @@ def quantize(
             writer = None if work is None else CheckpointWriter(work)
             if work is not None and work.resumed:
                 assert writer is not None
-                progress(f"resumed after layer {writer.finished} of {model.shape.layers}", 1, 1)
+                progress(f"going on: {writer.finished} of {model.shape.layers} layers are written", 1, 1)
             try:
                 outcome = run_pipeline(model, job, writer, progress)
             except (RuntimeError, MemoryError) as error:
@@ -249,11 +253,10 @@ class _Given:
 
 @dataclass(frozen=True)
 class _Task:
-    """What was read and checked before the work: hashes of the source and when it was written, the calibration's tokens
-    int64 [windows, length] (none where nothing looks at any) and what the manifest says of it."""
+    """What was read and checked before the work: hashes of the source, the calibration's tokens int64
+    [windows, length] (none where nothing looks at any) and what the manifest says of it."""
 
     files: dict[str, FileEntry]
-    stamps: list[tuple[int, int]]
     tokens: Tensor
     rounding_windows: int
     calibrated: CalibrationEntry | None
@@ -301,20 +304,14 @@ def _task(
                 f"--calibration gives other windows than {file} was made of (sha256 of their tokens differs); give its "
                 f"text, {stored.header.calibration.origin}"
             )
-    stamps, hashed = _stamps(model), source_files(model, progress)
+    hashed = source_files(model, progress)
     if stored is not None:
         statistics_file.check_fit(file, stored.header, hashed, method.needs)
     entry = _calibration_entry(stored, chosen, count, rounding if method.needs_windows else 0, place)
     if entry is not None:
         entry = entry.model_copy(update={"seed": seed, "texts": texts, "statistics": used})
     tokens = torch.zeros(0, 0, dtype=torch.int64) if chosen is None else chosen.tokens
-    return _Task(hashed, stamps, tokens, rounding, entry, 0 if entry is None else entry.windows * entry.window_length)
-
-
-def _stamps(model: Source) -> list[tuple[int, int]]:
-    """Bytes and time of writing of the weight files, by name."""
-    stats = [(model.path / file).stat() for file in model.shards]
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    return _Task(hashed, tokens, rounding, entry, 0 if entry is None else entry.windows * entry.window_length)
 
 
 def _finished(
@@ -328,8 +325,6 @@ def _finished(
 ) -> Manifest:
     """Write what is not tensors, and give the checkpoint its place."""
     assert writer is not None
-    if _stamps(model) != task.stamps:
-        raise InputError(f"files of {model.name} changed while it was quantized; start again with the files at rest")
     _copy_files(model, writer)
     setting = Setting(model.shape, method.precision, job.seed, job.device)
     ended = made_by(job.device)

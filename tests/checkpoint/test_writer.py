@@ -173,6 +173,25 @@ def test_a_finished_layer_that_is_not_as_written_counts_as_not_finished(tmp_path
         assert CheckpointWriter(again).finished == 1
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="it reads /proc")
+def test_every_file_is_flushed_before_the_checkpoint_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed, real = set[str](), os.fsync
+
+    def watch(handle: int) -> None:
+        flushed.add(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    write(tmp_path / "packed")
+    names = {file.name for file in (tmp_path / "packed").rglob("*")}
+    written_whole = {name for name in names if name.endswith(".safetensors")}  # under another name, then renamed
+    assert names - written_whole <= flushed
+    for name in written_whole:
+        assert any(each.startswith(f".{name}.partial-") for each in flushed), name
+
+
 @pytest.mark.parametrize("stage", ["fsync", "rename"])
 def test_a_failing_close_is_one_line_and_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
     def fail(*_: Any) -> None:

@@ -321,5 +321,6 @@ def test_a_log_has_the_plan_and_what_was(checkpoint: Callable[..., Path], text: 
     one_line(run("quantize", checkpoint(), "--out", tmp_path / "o", *given, "--log", tmp_path / "no" / "x"), "no")
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "job.json").write_text("{}")
-    one_line(run("quantize", checkpoint(), "--out", tmp_path / "out", *given, "--resume"), "exists already")
+    one_line(run("quantize", checkpoint(), "--out", tmp_path / "out", *given, "--resume"), "is finished")
+    one_line(run("quantize", checkpoint(), "--out", tmp_path / "out", *given), "exists already")
     assert not (tmp_path / ".out.partial").exists()

@@ -172,6 +172,11 @@ def test_what_a_killed_process_leaves_at_any_moment_goes_on_to_the_same_bytes(
     assert halves
 
 
+def position(work: Path) -> tuple[str, int]:
+    found = json.loads((work / "position.json").read_text("utf-8"))
+    return found["phase"], found["layer"]
+
+
 def test_what_is_finished_is_not_done_again(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unstopped(home, "resq+")
     out, calls = tmp_path / "out", list[Any]()
@@ -198,11 +203,11 @@ def test_what_is_finished_is_not_done_again(home: Path, tmp_path: Path, monkeypa
     passing = "layer of pass 1"
     work = stopped(home, out, MOMENTS, 20)  # in the third layer
     assert made() == ["pass 1", passing, passing, passing]
-    assert json.loads((work / "position.json").read_text("utf-8")) == {"phase": "moments", "layer": 2}
+    assert position(work) == ("moments", 2)
     with pytest.raises(Stopped):
         quantize(home, out, resume=True, progress=stop_at(ROUNDING, 2 * 7 + 3))
     assert made() == ["pass 1", passing, "ends", 0, 1, 2]
-    assert json.loads((work / "position.json").read_text("utf-8")) == {"phase": "rounding", "layer": 2}
+    assert position(work) == ("rounding", 2)
     names = {file.name for file in work.glob("*.npy")}
     assert names == {f"rounding-2-{name}-{leaf}.npy" for name in ("hidden", "exact") for leaf in range(2)}
     goes_on(home, out)
@@ -226,12 +231,12 @@ def flip(file: Path) -> None:
 
 DAMAGED = [
     ("rounding-2-hidden-0.npy", cut),
+    ("rounding-2-hidden-1.npy", flip),
     ("rounding-2-exact-1.npy", Path.unlink),
     ("maps.pt", flip),
     ("maps.json", empty),
     ("position.json", cut),
     ("position.json", Path.unlink),
-    ("job.json", cut),
     ("layer-0.json", cut),
     ("golden-layer-1.safetensors", flip),
     ("checkpoint/model-layer-0.safetensors", flip),
@@ -249,7 +254,7 @@ def test_what_is_damaged_is_done_again(home: Path, tmp_path: Path, name: str, da
 
 @pytest.mark.parametrize(
     ("name", "damage"),
-    [("moments-2-hidden-1.npy", empty), ("moments-2-sums-0-of-1.pt", cut), ("moments-2-sums-0-of-1.pt", empty)],
+    [("moments-2-hidden-1.npy", empty), ("moments-2-sums-0-of-1.pt", flip), ("moments-2-sums-0-of-1.pt", empty)],
 )
 def test_damaged_moments_are_collected_again(
     home: Path, tmp_path: Path, name: str, damage: Callable[[Path], None]
@@ -257,6 +262,27 @@ def test_damaged_moments_are_collected_again(
     work = stopped(home, tmp_path / "out", MOMENTS, 20)
     damage(work / name)
     goes_on(home, tmp_path / "out")
+
+
+def test_work_whose_inputs_nobody_knows_is_left_alone(home: Path, tmp_path: Path) -> None:
+    work = stopped(home, tmp_path / "out", ROUNDING, 2 * 7 + 3)
+    cut(work / "job.json")
+    for asked in (False, True):
+        with pytest.raises(InputError, match=r"job\.json cannot be read, .*; remove .*\.out\.partial to begin anew"):
+            quantize(home, tmp_path / "out", resume=asked)
+    assert (work / "position.json").is_file()
+
+
+def test_layers_of_other_maps_are_forgotten(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps that are lost are made again, on another machine maybe to other bits: nothing of the old ones may stay."""
+    work = stopped(home, tmp_path / "out", ROUNDING, 2 * 7 + 3)
+    (work / "maps.pt").unlink()
+    real = pipeline.fit_maps
+    monkeypatch.setattr(pipeline, "fit_maps", lambda recipe, moments, shape, *rest: real(recipe, moments, shape, 1))
+    quantize(home, tmp_path / "out", resume=True)
+    quantize(home, tmp_path / "whole")
+    for file in (tmp_path / "whole").glob("model-*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
 
 
 def change_weight(home: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from resq.checkpoint.manifest import MANIFEST_FILE
 from resq.durable import check_free, remove_halves, sync, write_text, writing
 from resq.errors import InputError
 
@@ -29,14 +30,21 @@ def remove_remains(out: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def check_not_finished(out: Path, *, resume: bool) -> None:
+    """Raises InputError when there is something at `out`: where a job is to go on, that it is finished."""
+    if resume and (out / MANIFEST_FILE).is_file() and not work_path(out).exists():
+        raise InputError(f"{out} is finished, nothing is left to do; `resq verify` checks it")
+    check_free(out)
+
+
 class WorkDirectory:
     """State: the work on the checkpoint `out`, taken by one process at a time.
 
     `with WorkDirectory(out, inputs, resume=True) as work: …`. inputs: what decides every bit of the result, plain JSON
     by name; a job that was begun with others is refused by the name of what changed. about: what is only remarked on;
-    `about` then is what the job was begun with. When the block is left by an
-    exception, what was finished is kept for `resume`, and the exception gets a note that says so; nothing is left
-    where nothing was finished, and nothing after `finish`.
+    `about` then is what the job was begun with. When the block is left by an exception, what was finished is kept for
+    `resume`, and the exception gets a note that says so; nothing is left where nothing was finished, and nothing after
+    `finish`.
 
     Raises InputError when `out` exists, when work on it lies there and `resume` is false, or another process is at it.
     """
@@ -54,7 +62,12 @@ class WorkDirectory:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             before = self._job()
-            if before is None:  # without its job, what may lie here cannot be trusted
+            if before is None and any(file.suffix == ".json" for file in self._files()):
+                raise InputError(
+                    f"{self.path / JOB_FILE} cannot be read, and nobody can say what the finished layers there belong "
+                    f"to; remove {self.path} to begin anew"
+                )
+            if before is None:
                 self._clear()
                 self.save("job", {"inputs": dict(inputs), "about": dict(about or {})})
             elif not resume:

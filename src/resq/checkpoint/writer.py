@@ -136,19 +136,24 @@ class CheckpointWriter:
         """Forget the layers from `layer` on."""
         del self._layers[layer:]
 
+    def begin_anew(self) -> None:
+        """Forget every part, so that none of them meets parts of other maps, not even after another stop."""
+        self.work.forget("ends.json", *(f"layer-{index}.json" for index in range(len(self._layers))))
+        self._ends, self._layers = None, []
+
     def _recorded(self, name: str) -> _Part | None:
         """A part of an earlier process; None when it is not there, or not as it was written."""
         record = self.work.record(name)
         if record is None:
             return None
-        part = _Part(**record)
         try:
+            part = _Part(**record)
             whole = all(
                 file.stat().st_size == want["bytes"] and sha256_of(file) == want["sha256"]
                 for file, want in ((self.work.path / name, want) for name, want in part.files.items())
             )
-        except OSError:
-            whole = False
+        except (OSError, TypeError, KeyError, AttributeError):
+            return None
         return part if whole else None
 
     def _add(
@@ -267,8 +272,9 @@ class CheckpointWriter:
         entries = files | self._copied | ({} if golden is None else {GOLDEN_FILE: golden})
         self.add_text(SUMS_FILE, "".join(f"{entry.sha256}  {name}\n" for name, entry in sorted(entries.items())))
         with writing(self.work.out, None):
+            flushed = {*files, GOLDEN_FILE}
             for path in self._place.rglob("*"):
-                if path.name not in entries:
+                if path.name not in flushed:
                     sync(path)
         self.work.finish()
         return manifest

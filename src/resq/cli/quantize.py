@@ -106,9 +106,10 @@ def quantize(
     from resq.api import quantize as run
     from resq.measure.plan import logged
     from resq.measure.rows import append_row, check_appendable, provenance
+    from resq.ptq.ranks import started
 
     launch(devices, device)
-    first = not int(os.environ.get("RANK", "0"))  # of several processes one tells
+    first = not started() or os.environ["RANK"] == "0"  # of several processes one tells
     if log is not None:
         check_appendable(log)
     if source is None:

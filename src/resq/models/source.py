@@ -133,6 +133,7 @@ class Source:
         self._files: dict[str, Any] = {}
         read_generation_config(path)
         self._check_headers()
+        self._stamps = self._written()
 
     def _check_headers(self) -> None:
         """Every tensor that is read must be there with its shape and a known dtype, and none may be left over: a weight
@@ -262,6 +263,16 @@ class Source:
         if value.numel() and not all(map(math.isfinite, map(float, torch.aminmax(value)))):
             raise InputError(f"tensor {name} holds NaN or Inf; the checkpoint is damaged, fetch it again")
         return value
+
+    def check_unchanged(self) -> None:
+        """Raises InputError when a weight file was written since this was opened."""
+        if self._written() != self._stamps:
+            raise InputError(f"files of {self.name} changed while they were read; put back what was there")
+
+    def _written(self) -> list[tuple[int, int]]:
+        """Bytes and time of writing of the weight files."""
+        stats = [(self.path / file).stat() for file in self.shards]
+        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
 
     def layer_prefix(self, index: int) -> str:
         """Name before every tensor of layer `index`."""

@@ -74,9 +74,15 @@ class _Mapped:
             if self._map is None:
                 self._shape = tuple(window.shape)
                 self._stride = -(-window.numel() * 4 // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
-                with tempfile.TemporaryFile(dir=directory) as file:
-                    os.posix_fallocate(file.fileno(), 0, count * self._stride)
-                    self._map = mmap.mmap(file.fileno(), count * self._stride)
+                try:
+                    with tempfile.TemporaryFile(dir=directory) as file:
+                        os.posix_fallocate(file.fileno(), 0, count * self._stride)
+                        self._map = mmap.mmap(file.fileno(), count * self._stride)
+                except OSError as error:
+                    raise InputError(
+                        f"{directory} has no room for the states of {count} windows ({error.strerror}); free some "
+                        "space, or use fewer or shorter windows"
+                    ) from error
             self[number] = window
 
     def __len__(self) -> int:
@@ -114,13 +120,7 @@ class Buffers:
         if self.place is not Place.DISK:
             return _Held(windows, self.device if self.place is Place.DEVICE else CPU, self.device)
         directory = Path(tempfile.gettempdir()) if self.directory is None else self.directory
-        try:
-            return _Mapped(windows, count, directory, self.device)
-        except OSError as error:
-            raise InputError(
-                f"{directory} has no room for the states of {count} windows ({error.strerror}); free some space, or "
-                "use fewer or shorter windows"
-            ) from error
+        return _Mapped(windows, count, directory, self.device)
 
 
 def save(states: Activations, first: int, stop: int, file: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resq.backends.backend import Backend
 from resq.backends.reference import dense, straight_through
+from resq.errors import InputError
 from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role, Shape
 from resq.models.decoder import Layer, Positions
@@ -19,7 +20,7 @@ from resq.numerics.device import CPU, moved
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 from resq.numerics.maps import Dense, LinearMap
-from resq.numerics.moments import Leaves, TreeSum
+from resq.numerics.moments import LEAF_WINDOWS, Leaves, TreeSum
 from resq.progress import Progress, silent
 from resq.ptq.activations import Activations, Buffers
 from resq.ptq.clipping import ClipSearch
@@ -133,8 +134,8 @@ def round_layer(
     cache are rounded where the rounding asks for it. `hidden` has this rank's windows, none when nothing is looked at.
     """
     if recipe.clipping is not None:
-        clipping = recipe.clipping
-        formats = flow.ranks.from_first(lambda: moved(clipped_inputs(shape, layer, clipping, hidden), CPU))
+        clipping, looked = recipe.clipping, first_windows(recipe.clipping.windows, hidden, flow)
+        formats = flow.ranks.from_first(lambda: moved(clipped_inputs(shape, layer, clipping, looked), CPU))
         layer = replace(layer, inputs=moved(formats, device_of(layer)))
     norms = {point: stored_norm(norm) for point, norm in layer.norms.items()}
     stored = replace(layer, linears={}, norms=norms, heads=stored_heads(layer.heads))
@@ -153,9 +154,10 @@ def round_layer(
                 stored.linears[role], report = kept_wide(linear, moments)
             else:
                 stored.linears[role], report = rounded_by_rows(
-                    linear, recipe.rounding_of(index, role), moments, bands, flow.ranks
+                    f"layer {index} {role}", linear, recipe.rounding_of(index, role), moments, bands, flow.ranks
                 )
-            seen.put(role, stored.linears[role], linear.bias)
+            if len(hidden):
+                seen.put(role, stored.linears[role], linear.bias)
             if wanted is not None:
                 wanted.put(role, linear, linear.bias)
             del linear
@@ -180,15 +182,18 @@ class _Block:
 
 
 def rounded_by_rows(
-    linear: DenseLinear, rounding: Rounding, moments: InputMoments | None, bands: Bands, ranks: Ranks
+    name: str, linear: DenseLinear, rounding: Rounding, moments: InputMoments | None, bands: Bands, ranks: Ranks
 ) -> tuple[PackedLinear, LinearReport]:
     """Round blocks of `ROWS` rows, each by the rank that owns it; all ranks get them all. Blocks are the same for any
-    number of ranks, so that the bits are too."""
+    number of ranks, so that the bits are too. Raises InputError with the linear's `name`."""
     cuts = blocks_of_rows(len(linear.weight))
     mine: dict[int, _Block] = {}
     for number in ranks.share(len(cuts)):
         cut = cuts[number]
-        result = rounding(linear.weight[cut], moments, bands, None if linear.bias is None else linear.bias[cut])
+        try:
+            result = rounding(linear.weight[cut], moments, bands, None if linear.bias is None else linear.bias[cut])
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
         rounded = result.linear.dequantize(torch.float64)
         lost, energy = output_error(result.target, rounded, moments)
         mine[number] = _Block(result.linear, result.damping, lost, energy)
@@ -226,14 +231,22 @@ def device_of(layer: Layer) -> torch.device:
     return layer.linears[Role.Q].weight.device
 
 
+def first_windows(count: int, hidden: Activations, flow: Flow) -> list[Tensor]:
+    """The states of the first `count` windows of all ranks, in the first of them; elsewhere nothing of use."""
+    begin = flow.leaves.span(*flow.ranks.span(flow.leaves))[0]
+    mine = [hidden[number] for number in range(max(0, min(len(hidden), count - begin)))]
+    if flow.ranks.size == 1 or count <= LEAF_WINDOWS:  # the first rank has a leaf
+        return mine
+    return [each for part in flow.ranks.gathered([each.to(CPU) for each in mine]) for each in part]
+
+
 def clipped_inputs(
-    shape: Shape, layer: Layer, clipping: ClipSearch, hidden: Activations
+    shape: Shape, layer: Layer, clipping: ClipSearch, hidden: list[Tensor]
 ) -> dict[Point, ActivationFormat]:
     """The formats of a layer's inputs with their clips, from the unrounded layer on some of its inputs."""
     ops, formats = dense(torch.float32, device_of(layer)), {}
-    count = min(clipping.windows, len(hidden))
-    here = Buffers(device=ops.device)
-    stream = Stream(ops, shape, layer, here.keep((hidden[number] for number in range(count)), count), here)
+    count, here = len(hidden), Buffers(device=ops.device)
+    stream = Stream(ops, shape, layer, here.keep(iter(hidden), count), here)
     for point, roles in READERS.items():
         inputs = [stream.input(point, number) for number in range(count)]
         formats[point] = clipping.search(layer.inputs[point], inputs)

@@ -103,7 +103,7 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter | None, progress
     check_sizes(recipe, shape)
     for basis in recipe.basis:
         basis.check(shape, job.tokens.numel() if job.moments is None else job.moments.tokens)
-    maps, notes = all_maps(source, job, progress)
+    maps, notes = all_maps(source, job, writer, progress)
     placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
     if writer is not None and not writer.has_ends:
         progress("embedding and head", 0, 1)
@@ -114,12 +114,17 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter | None, progress
     return Outcome(*round_layers(source, placement, job, writer, progress), notes)
 
 
-def all_maps(source: Source, job: Job, progress: Progress) -> tuple[dict[At, LinearMap], list[str]]:
-    """The maps after pass 1 and the recipe's tuning, in all ranks and on the job's device, and what the tuning
-    remarks."""
+def all_maps(
+    source: Source, job: Job, writer: CheckpointWriter | None, progress: Progress
+) -> tuple[dict[At, LinearMap], list[str]]:
+    """The maps after pass 1 and the recipe's tuning, in all ranks and on the job's device, and what the tuning remarks.
+    Where they are not those of an earlier process, what that one wrote is forgotten."""
     position = job.position
     found = position.maps()
     if found is None:
+        if writer is not None:
+            writer.begin_anew()
+        position.forget(PHASE)
         ops = dense(torch.float32, job.device)
         if job.moments is None:
             moments = collect(source, ops, job.tokens, job.recipe.needs, progress, job.buffers, position)
@@ -167,6 +172,7 @@ def round_layers(
             del layer
             prefix = source.layer_prefix(index)
             golden = {} if writer is None else golden_of_layer(rounded, prefix, names)
+        source.check_unchanged()
         reports += costs
         layers.append(LayerReport(index, peak.seconds, peak.bytes))
         if writer is not None:

@@ -19,6 +19,8 @@ from resq.numerics.moments import Leaves, Node, Tree, subtrees
 T = TypeVar("T")
 # A process that is gone is noticed by its closed connection; one that works is waited for.
 PATIENCE = timedelta(days=7)
+# Until all processes have started; one that fails before is not heard of.
+MEETING = timedelta(minutes=15)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the process that fits bases and writes."""
         return self.rank == 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the first process of its machine."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def span(self, leaves: Leaves, rank: int | None = None) -> tuple[int, int]:
         """(first leaf, leaf after the last) that a rank, this one by default, takes: the first rank has one where there
@@ -71,20 +78,22 @@ class Ranks:
         return found
 
     def summed(self, tree: Tree, leaves: Leaves) -> Tree:
-        """In the first process, which has a leaf, the tree of all leaves, from every rank's of its own; elsewhere the
-        rank's as it was."""
+        """In the first process, which has a leaf, the tree of all leaves, from every rank's of its own, which are given
+        up."""
         if self.size == 1:
             return tree
-        with talking(self):
-            if not self.first:
-                for node in tree.nodes:
+        if not self.first:
+            for node in tree.nodes:
+                with talking(self):
                     _dist().send(node.total.contiguous(), dst=0)
-                return tree
-            for rank in range(1, self.size):
-                for first, stop in subtrees(*self.span(leaves, rank)):
-                    total = torch.empty_like(tree.nodes[0].total)
+            tree.nodes.clear()
+            return tree
+        for rank in range(1, self.size):
+            for first, stop in subtrees(*self.span(leaves, rank)):
+                total = torch.empty_like(tree.nodes[0].total)
+                with talking(self):
                     _dist().recv(total, src=rank)
-                    tree.push(Node((stop - first).bit_length() - 1, first, total))
+                tree.push(Node((stop - first).bit_length() - 1, first, total))
         return tree
 
     def total(self, tree: Tree, leaves: Leaves, size: int, device: torch.device) -> Tensor:
@@ -98,6 +107,17 @@ class Ranks:
         with talking(self):
             _dist().broadcast(given, src=0)
         return given
+
+    def same(self, what: str, mine: Mapping[str, str]) -> None:
+        """Raises InputError in all processes where one has other values than the first."""
+        first, *others = self.gathered(dict(mine))
+        for rank, theirs in enumerate(others, start=1):
+            for name, want in first.items():
+                if (got := theirs.get(name, "missing")) != want:
+                    raise InputError(
+                        f"{what} of process {rank} are not the first's: {name} is {got[:12]}, not {want[:12]}; all "
+                        "processes need the same"
+                    )
 
     def share(self, count: int) -> range:
         """The tasks among 0 … count - 1 that this process takes."""
@@ -118,6 +138,8 @@ def talking(ranks: Ranks) -> Iterator[None]:
     """Failures of a connection inside become an InputError that says so."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, ValueError) as error:  # torch raises DistBackendError or a plain RuntimeError
         raise InputError(
             f"process {ranks.rank} of {ranks.size}: another process of the job is gone ({_short(error)}); see its own "
@@ -159,7 +181,12 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     try:
         # One group for the life of the process: a second one would meet the addresses of the first, and wait for ever.
         if not dist.is_initialized():
-            dist.init_process_group(backend, timeout=PATIENCE)
+            store, rank, size = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+            store.set_timeout(MEETING)
+            store.set(f"resq here {rank}", "1")
+            store.wait([f"resq here {each}" for each in range(size)])
+            store.set_timeout(PATIENCE)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
             atexit.register(_leave)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"the processes of the job do not find each other ({_short(error)}); see torchrun") from error

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -41,6 +40,7 @@ class Position:
     ranks: Ranks = ALONE
     _saved: float = field(default_factory=time.monotonic)
     _took: float = 0.0
+    _hashes: dict[str, str] = field(default_factory=dict)
 
     def layer(self, phase: str, leaves: Leaves, names: tuple[str, ...]) -> int:
         """How many layers of a phase are passed, the states of all names being there; 0 where it has not begun."""
@@ -49,8 +49,21 @@ class Position:
         record = self.ranks.from_first(lambda: None if self.work is None else self.work.record("position"))
         if not record or record.get("phase") != phase:
             return 0
+        self._hashes = record.get("files", {})
         files = [file for name in names for file in self._files(phase, record["layer"], name, leaves)]
-        return record["layer"] if self.ranks.agree(all(_whole(file) for file in files)) else 0
+        return record["layer"] if self.ranks.agree(all(map(self._whole, files))) else 0
+
+    def _whole(self, file: Path) -> bool:
+        """Whether a file is there as the record has it, and not another job's."""
+        try:
+            return sha256_of(file) == self._hashes.get(file.name)
+        except OSError:
+            return False
+
+    def forget(self, phase: str) -> None:
+        """Begin a phase anew, also after another stop."""
+        if self.work is not None and (self.work.record("position") or {}).get("phase") == phase:
+            self.work.forget("position.json")
 
     def _files(self, phase: str, layer: int, name: str, leaves: Leaves) -> list[Path]:
         """The files of this rank's leaves, in order."""
@@ -65,10 +78,7 @@ class Position:
         """What this rank gave `save` beside its states; None where it is not there, as for another number of ranks, or
         not whole."""
         file = self._sums(phase, layer)
-        try:
-            return None if file is None else torch.load(file, weights_only=True)
-        except (OSError, RuntimeError, EOFError, UnpicklingError):
-            return None
+        return None if file is None or not self._whole(file) else torch.load(file, weights_only=True)
 
     def _sums(self, phase: str, layer: int) -> Path | None:
         name = f"{phase}-{layer}-sums-{self.ranks.rank}-of-{self.ranks.size}.pt"
@@ -82,22 +92,26 @@ class Position:
         due = self.directory is not None and time.monotonic() - self._saved >= (SHARE - 1) * self._took
         if self.directory is None or not self.ranks.from_first(lambda: due):
             return
-        started, (first, stop) = time.monotonic(), self.ranks.span(leaves)
+        started, (first, stop), files = time.monotonic(), self.ranks.span(leaves), list[Path]()
         begin = leaves.span(first, first)[0]
         with writing(self.directory, None):
             for name, each in states.items():
                 for leaf, file in zip(range(first, stop), self._files(phase, layer, name, leaves), strict=True):
                     start, end = leaves.span(leaf, leaf + 1)
                     save(each, start - begin, end - begin, file)
+                    files.append(file)
             if sums is not None and (file := self._sums(phase, layer)) is not None:
                 write_object(file, lambda: moved(sums(), CPU))
-        self.ranks.agree(True)  # everyone's files are there before the record says so
+                files.append(file)
+            mine = {file.name: sha256_of(file) for file in files}
+        # Everyone's files are there before the record says so.
+        hashes = {name: sha256 for each in self.ranks.gathered(mine) for name, sha256 in each.items()}
         if self.work is not None:
-            self.work.save("position", {"phase": phase, "layer": layer})
+            self.work.save("position", {"phase": phase, "layer": layer, "files": hashes})
         self.ranks.agree(True)
         for file in self.directory.glob("*-*-*"):
-            mine = any(file.match(f"*-{name}") for name in self._suffixes(leaves))
-            if mine and not file.name.startswith(f"{phase}-{layer}-"):
+            own = any(file.match(f"*-{name}") for name in self._suffixes(leaves))
+            if own and not file.name.startswith(f"{phase}-{layer}-"):
                 file.unlink(missing_ok=True)
         self._saved = time.monotonic()
         self._took = self._saved - started
@@ -129,15 +143,6 @@ class Position:
         with writing(self.work.out, None):
             write_object(file, lambda: [_described(at, map) for at, map in maps.items()])
         self.work.save("maps", {"sha256": sha256_of(file), "notes": notes})
-
-
-def _whole(file: Path) -> bool:
-    try:
-        for _ in saved([file]):
-            return True
-    except (OSError, ValueError, EOFError):
-        return False
-    return False
 
 
 def _described(at: At, map: LinearMap) -> dict[str, Any]:

@@ -123,6 +123,7 @@ def gather(
         table = source.embedding()
         states = (F.embedding(window[None], table).to(ops.device, ops.dtype) for window in tokens)
     hidden = buffers.keep(states, count)
+    del before
     at = Positions.following(shape, 0, 1, tokens.shape[1], device=ops.device)
     for index in range(begin, shape.layers):
         plain = moved(source.layer(index), ops.device)
@@ -153,6 +154,7 @@ def gather(
             hidden[number] = middle + ops.linear(inner, layer.linears[Role.DOWN])
             progress("collecting moments", index * count + number + 1, shape.layers * count)
         check_finite(hidden, index)
+        source.check_unchanged()
         if Statistic.VALUE in needs:
             trees[f"{Statistic.VALUE}.{index}"] = value_sum.tree(first_leaf)
         if Statistic.KEY in needs:
