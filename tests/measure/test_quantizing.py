@@ -75,7 +75,7 @@ def test_several_processes_are_timed_beside_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     row = read_rows(file)[-1]
     assert row["name"] == "one process beside 2"
-    assert row["about"] == {"processes": 2, "windows": 32, "length": 512}
+    assert row["about"] == {"processes": 2, "windows": 64, "length": 512}
     assert row["ratio"] == pytest.approx(row["seconds"][0] / row["against"][0])
 
 

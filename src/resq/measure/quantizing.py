@@ -41,7 +41,7 @@ from resq.ptq.rounding.nearest import scales
 from resq.ptq.statistics import gather, in_dtype
 
 # Size of the square product whose rate is that of products; tokens of the vocabulary; windows of each process.
-PRODUCT, VOCABULARY, SHARED_WINDOWS = 2048, 4096, 16
+PRODUCT, VOCABULARY, SHARED_WINDOWS = 2048, 4096, 32
 
 
 @dataclass(frozen=True)
