@@ -197,6 +197,8 @@ def quantize(
             directory = ranks.from_first(lambda: work_path(out))
             directory.mkdir(parents=True, exist_ok=True)  # on another machine than the first process's
             moments = None if stored is None else stored.moments(method.needs)
+            header = None if stored is None else stored.header
+            stored = None  # its sums leave memory; the moments are their own
             if task.has_statistics and moments is None:
                 moments = Moments(task.calibrated_tokens)
             job = Job(
@@ -217,20 +219,22 @@ def quantize(
             try:
                 outcome = run_pipeline(model, job, writer, progress)
             except (RuntimeError, MemoryError) as error:
-                raise (out_of_memory(error, place, kept_at, task.tokens, "fewer or shorter windows")) from error
-            manifest = ranks.from_first(lambda: _finished(writer, model, method, task, job, outcome, stored))
+                if not is_out_of_memory(error):
+                    raise
+                raise out_of_memory(place, kept_at, task.tokens, "fewer or shorter windows") from error
+            manifest = ranks.from_first(lambda: _finished(writer, model, method, task, job, outcome, header))
         if not ranks.first:
             shutil.rmtree(directory, ignore_errors=True)
     return Result(out, manifest, outcome.linears, outcome.layers, time.perf_counter() - started)
 
 
-def out_of_memory(
-    error: BaseException, place: torch.device, kept_at: Place, tokens: Tensor, otherwise: str
-) -> BaseException:
-    """What to do about a device that is full; another error as it is."""
-    # On a CPU torch raises a plain RuntimeError.
-    if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
-        return error
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a device was full; on a CPU torch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def out_of_memory(place: torch.device, kept_at: Place, tokens: Tensor, otherwise: str) -> InputError:
+    """What to do about a device that is full."""
     needed, advice = "one layer and its Hessians", otherwise
     if kept_at is not Place.DISK:
         other = Place.MEMORY if kept_at is Place.DEVICE and place.type != "cpu" else Place.DISK
@@ -321,7 +325,7 @@ def _finished(
     task: _Task,
     job: Job,
     outcome: Outcome,
-    stored: Statistics | None,
+    collected: Header | None,
 ) -> Manifest:
     """Write what is not tensors, and give the checkpoint its place."""
     assert writer is not None
@@ -345,7 +349,7 @@ def _finished(
             *(note for basis in method.basis for note in basis.notes(setting)),
             *outcome.notes,
             *rounding_notes(outcome.linears),
-            *([] if stored is None else device_notes(stored.header, job.device)),
+            *([] if collected is None else device_notes(collected, job.device)),
             *(f"resumed: {each}" for each in differences({**writer.work.about, "time": ended["time"]}, ended)),
         ],
     }
@@ -413,7 +417,9 @@ def calibrate(
             buffers = Buffers(kept_at, place, out.parent)
             sums = gather(model, dense(torch.float32, place), tokens, needs, leaves, first, progress, buffers)
     except (RuntimeError, MemoryError) as error:
-        raise out_of_memory(error, place, kept_at, tokens, "smaller shards") from error
+        if not is_out_of_memory(error):
+            raise
+        raise out_of_memory(place, kept_at, tokens, "smaller shards") from error
     statistics_file.write(Statistics(header, sums), out)
     return header
 

@@ -117,39 +117,30 @@ def quantize(
             raise InputError(f"no source was given; name a checkpoint directory, a hub id or {MODEL}")
         source = MODEL
     return_blocks()
+    asked: dict[str, Any] = {
+        "recipe": recipe,
+        "calibration": calibration,
+        "windows": windows,
+        "rounding_windows": rounding_windows,
+        "window_length": window_length,
+        "bits": bits,
+        "head_bits": head_bits,
+        "untie": untie,
+        "device": device,
+        "activations": activations,
+    }
     plan = None
     if log is not None and first:
         if statistics is not None:
             raise InputError("--log compares with `resq plan`, which knows no --statistics; leave one of them out")
-        plan = plan_of(
-            source,
-            recipe=recipe,
-            calibration=calibration,
-            windows=DEFAULT_WINDOWS if windows is None else windows,
-            rounding_windows=rounding_windows,
-            window_length=window_length,
-            bits=bits,
-            head_bits=head_bits,
-            untie=untie,
-            device=device,
-            activations=activations,
-        )
+        plan = plan_of(source, **{**asked, "windows": DEFAULT_WINDOWS if windows is None else windows})
     with bars() as progress, Peak() as peak:
         result = run(
             source,
             out_dir,
-            recipe=recipe,
-            calibration=calibration or [],
+            **{**asked, "calibration": calibration or []},
             statistics=statistics,
-            windows=windows,
-            rounding_windows=rounding_windows,
-            window_length=window_length,
-            bits=bits,
-            head_bits=head_bits,
-            untie=untie,
             seed=seed,
-            device=device,
-            activations=activations,
             resume=resume,
             progress=peak.watched(progress),
         )
