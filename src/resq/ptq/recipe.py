@@ -222,9 +222,21 @@ class Rounding(Protocol):
 
 
 @dataclass(frozen=True)
+class Bookmark:
+    """Where a tuning keeps how far it is, so that one that was stopped goes on there; by default nowhere.
+
+    load: what was saved last, on the CPU; None for nothing. save: keep what its argument makes, tensors in plain
+    containers, durably; or not yet, where that would take more than a share of the time.
+    """
+
+    load: Callable[[], Any] = lambda: None
+    save: Callable[[Callable[[], Any]], None] = lambda make: None
+
+
+@dataclass(frozen=True)
 class Fitted:
-    """What a tuning starts from: the source, the recipe, the bases' maps and what they were fitted on; tokens int64
-    [windows, length]."""
+    """What a tuning starts from: the source, the recipe, the maps so far and what they were fitted on; tokens int64
+    [windows, length]; and where it was when it was stopped."""
 
     source: Source
     recipe: Recipe
@@ -232,6 +244,7 @@ class Fitted:
     moments: Moments
     tokens: Tensor
     setting: Setting
+    bookmark: Bookmark = Bookmark()
 
 
 @dataclass(frozen=True)
@@ -248,11 +261,11 @@ class Tuning(Protocol):
 
     @property
     def needs(self) -> frozenset[Statistic]:
-        """What the streaming pass must collect beside what the bases need."""
+        """What of the moments it looks at; a job that goes on with it has no others."""
         ...
 
     def __call__(self, fitted: Fitted, progress: Progress) -> Tuned:
-        """The better maps."""
+        """The better maps, the same bits when it went on at its bookmark."""
         ...
 
 
