@@ -18,11 +18,12 @@ from resq.api import chosen_recipe
 from resq.errors import InputError
 from resq.measure.ledger import ledger
 from resq.measure.plan import Asked, Machine, described, logged, planned
-from resq.measure.plan_memory import Work, holdings, nodes
+from resq.measure.plan_memory import TOKENIZED, Work, holdings, nodes
 from resq.measure.plan_rehearse import rehearsed
 from resq.measure.plan_time import Rates, seconds
 from resq.measure.shapes import shape_named
 from resq.models.architecture import architecture_for
+from resq.models.text import WHOLE
 from resq.processes import Peak
 from resq.ptq.activations import Place
 
@@ -194,6 +195,18 @@ def test_states_leave_memory_for_disk_and_a_card_for_memory() -> None:
     assert peaks(Place.DEVICE, cuda=False)[0] - peaks(Place.DISK, cuda=False)[0] == states
     assert peaks(Place.DEVICE, cuda=True)[1] - peaks(Place.MEMORY, cuda=True)[1] == states
     assert peaks(Place.MEMORY, cuda=True)[0] >= states
+
+
+def test_a_text_takes_memory_up_to_the_size_from_which_it_is_cut() -> None:
+    def peak(**text: int) -> int:
+        return next(each for each in holdings(work(**text), 0) if each.phase == "tokenizing").machine(cuda=False)
+
+    assert peak(text=WHOLE) - peak(text=WHOLE // 2) == TOKENIZED * WHOLE // 2
+    assert peak(text=WHOLE + 1) == peak(text=100 * WHOLE) < peak(text=WHOLE)
+    tokens = peak(documents=0)
+    assert peak(documents=GB) == GB + tokens
+    assert peak(text=WHOLE, documents=10 * GB) == peak(documents=10 * GB)
+    assert peak(text=WHOLE, documents=10**6) == peak(text=WHOLE)
 
 
 @pytest.mark.parametrize(("windows", "most"), [(0, 0), (1, 1), (8, 1), (9, 2), (24, 2), (32, 3), (64, 4), (128, 5)])

@@ -10,10 +10,19 @@ from typing import Any
 import pytest
 import torch
 from tests.conftest import byte_tokenizer
+from tests.test_processes import linux, said_by
 
 from resq.errors import InputError
 from resq.models import text
-from resq.models.text import all_windows, load_tokenizer, read_documents, sampled_windows, tokenize
+from resq.models.text import (
+    Pieces,
+    all_windows,
+    calibration_documents,
+    load_tokenizer,
+    read_documents,
+    sampled_windows,
+    tokenize,
+)
 
 SAMPLE = "aß\N{GRINNING FACE}\n\nLast."
 
@@ -115,7 +124,7 @@ def test_a_bad_line_is_refused_with_its_number(
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_bytes_that_are_not_utf8_are_refused(name: str, tokenizer: Any, written: Callable[..., Path]) -> None:
     file = written(name, b'{"text": "caf\xe9"}')
-    refused(f"{name} is not UTF-8 text", lambda: read_documents(file, tokenizer, evaluation=True))
+    refused(rf"{name} is not UTF-8 text \(line 1: .* 0xe9 ", lambda: read_documents(file, tokenizer, evaluation=True))
 
 
 def test_a_missing_file_and_a_directory_are_refused(tokenizer: Any, tmp_path: Path) -> None:
@@ -257,3 +266,108 @@ def test_of_many_documents_enough_are_tokenized_and_others_by_another_seed(
     assert text.OVERSAMPLED * 10 * 50 <= sum(seen) < text.OVERSAMPLED * 10 * 50 + 200
     assert torch.equal(first, sampled_windows([file], tokenizer, count=10, length=50, seed=0).tokens)
     assert not torch.equal(first, sampled_windows([file], tokenizer, count=10, length=50, seed=1).tokens)
+
+
+LINES = "".join(f"line {number} is {'l' * (number % 40)}ong\n" for number in range(90))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        LINES.encode(),
+        LINES.removesuffix("\n").encode(),
+        LINES.replace("\n", "\r\n").encode(),
+        LINES.replace("\n", "\r").encode(),
+        LINES.encode("utf-8-sig"),
+        "\N{GRINNING FACE}ß".encode() * 400,
+        b"x" * 127 + b"\n" + "ü".encode() * 200 + b"\r\n" + b"y" * 127 + b"\r\n\r\n" + b"z" * 300,
+        b"\n" * 700,
+    ],
+    ids=["lines", "no last line feed", "crlf", "cr", "mark", "one line of emoji", "long lines", "blank lines"],
+)
+@pytest.mark.parametrize("piece", [64, 127, 128])
+def test_the_pieces_of_a_large_text_are_the_text(
+    content: bytes, piece: int, written: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "PIECE", piece)
+    file = written("a.txt", content)
+    whole = read_documents(file, tokenizer, evaluation=False)[0]
+    pieces = list(Pieces(file, len(content)))
+    assert "".join(pieces) == whole
+    assert all(len(each.encode()) <= 2 * piece for each in pieces)
+    if whole == LINES and b"\n" in content:
+        assert all(each.endswith("\n") for each in pieces if each)
+
+
+def test_only_a_calibration_text_above_the_bound_is_cut(
+    written: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "WHOLE", len(LINES))
+    monkeypatch.setattr(text, "PIECE", 100)
+    at, above = written("at.txt", LINES), written("above.txt", LINES + "!")
+    assert calibration_documents(at, tokenizer) == [LINES]
+    assert len(calibration_documents(above, tokenizer)) == -(-(len(LINES) + 1) // 100)
+    assert len(calibration_documents(written("a.jsonl", json.dumps({"text": LINES * 2})), tokenizer)) == 1
+    whole = tokenize([LINES + "!"], tokenizer)
+    assert torch.equal(all_windows(above, tokenizer, len(whole)).tokens[0], whole)
+
+
+def test_pieces_are_drawn_until_they_are_enough(
+    written: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "WHOLE", 1000)
+    monkeypatch.setattr(text, "PIECE", 100)
+    content = "".join(f"{number:09}\n" for number in range(2000))
+    file, seen, plain = written("a.txt", content), list[str](), text.encode
+
+    def encode(document: str, *rest: Any, **options: Any) -> list[int]:
+        seen.append(document)
+        return plain(document, *rest, **options)
+
+    monkeypatch.setattr(text, "encode", encode)
+    first = sampled(file, tokenizer, count=4, length=20)
+    drawn = "".join(seen)
+    assert text.OVERSAMPLED * 4 * 20 <= len(drawn) < text.OVERSAMPLED * 4 * 20 + 200
+    assert all(len(each) == 100 and each in content for each in seen)
+    assert seen != sorted(seen)
+    assert all(tokenizer.decode(window) in drawn for window in first)
+    assert torch.equal(first, sampled(file, tokenizer, count=4, length=20))
+    assert not torch.equal(first, sampled(file, tokenizer, count=4, length=20, seed=1))
+    with pytest.raises(InputError, match="1000 windows of 20, but 1001 were asked for"):
+        sampled(file, tokenizer, count=1001, length=20)
+
+
+def test_a_piece_that_is_not_utf8_is_refused_with_its_line(
+    written: Callable[..., Path], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "WHOLE", 1000)
+    monkeypatch.setattr(text, "PIECE", 100)
+    file = written("a.txt", b"fine words\n" * 150 + b"caf\xe9\n" + b"fine words\n" * 9)
+    refused(r"a.txt is not UTF-8 text \(line 151: ", lambda: sampled(file, tokenizer, count=80))
+
+
+@linux
+@pytest.mark.slow
+def test_a_large_text_takes_little_more_memory_than_one_of_its_pieces(tmp_path: Path) -> None:
+    byte_tokenizer(tmp_path)
+    file = tmp_path / "large.txt"
+    file.write_text("the quick brown fox jumps over the lazy dog\n" * (1 + text.WHOLE // 44))
+    one, several = said_by(
+        """
+from pathlib import Path
+from resq.models import text
+from resq.processes import Peak, held
+import json, sys
+tokenizer, file = text.load_tokenizer(Path(sys.argv[1])), Path(sys.argv[2])
+before = held()
+with Peak() as one:
+    text.tokenize([text.Pieces(file, file.stat().st_size)[0]], tokenizer)
+with Peak() as several:
+    text.sampled_windows([file], tokenizer, count=128, length=2048, seed=0)
+print(json.dumps([one.bytes - before, several.bytes - before]))
+""",
+        str(tmp_path),
+        str(file),
+    )
+    # 128 windows are two pieces of one-byte tokens; as one document the text would be sixteen.
+    assert several < 2 * one

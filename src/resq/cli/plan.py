@@ -32,7 +32,7 @@ def plan(
     calibration: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The calibration texts: long ones take memory to tokenize. May be repeated.",
+            help="The calibration texts: what is tokenized takes memory. May be repeated.",
             show_default="texts of many small documents",
         ),
     ] = None,
@@ -113,7 +113,7 @@ def plan_of(
 
     chosen, place = api.chosen_recipe(recipe, bits, head_bits), api.chosen_device(device)
     kept_at, model = api.chosen_activations(activations), described(source)
-    longest = [file.stat().st_size for file in calibration or () if file.is_file() and file.suffix != ".jsonl"]
+    sizes = [(file.suffix == ".jsonl", file.stat().st_size) for file in calibration or () if file.is_file()]
     asked = Asked(
         recipe=chosen,
         windows=windows,
@@ -124,6 +124,7 @@ def plan_of(
         activations=kept_at,
         context=context,
         batch=batch,
-        text=max(longest, default=None),
+        text=max((size for lines, size in sizes if not lines), default=None),
+        documents=max((size for lines, size in sizes if lines), default=0),
     )
     return planned(model, asked)

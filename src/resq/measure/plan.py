@@ -38,7 +38,7 @@ NAMED = {"before embedding and head": "fitting bases"}
 @dataclass(frozen=True)
 class Asked:
     """What `resq quantize` would be asked: see there. context, batch: of the KV cache that is counted; text: bytes of
-    the longest calibration text, None where it is not known."""
+    the largest calibration text that is no .jsonl, None where it is not known; documents: of the largest .jsonl."""
 
     recipe: Recipe
     windows: int
@@ -50,6 +50,7 @@ class Asked:
     context: int | None = None
     batch: int = 1
     text: int | None = None
+    documents: int = 0
 
 
 @dataclass(frozen=True)
@@ -255,6 +256,7 @@ def work_of(model: Model, asked: Asked) -> Work:
         keep_tied=shape.tied and recipe.precision.head is None and not asked.untie,
         value_bytes=4 if model.dtype == "float32" else 2,
         text=asked.text,
+        documents=asked.documents,
     )
 
 

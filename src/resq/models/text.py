@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from jinja2 import TemplateError
@@ -21,6 +22,9 @@ from resq.errors import InputError, nearest_path
 
 # Windows to draw from for each window asked for, where there are documents enough.
 OVERSAMPLED = 8
+# A calibration text of more bytes than this is cut into pieces of about so many: a tokenizer takes some 172 bytes of
+# memory for each of a document.
+WHOLE, PIECE = 16 << 20, 1 << 20
 GENERIC_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
@@ -60,32 +64,98 @@ def read_documents(file: Path, tokenizer: Any, *, evaluation: bool) -> list[str]
     if not file.is_file():
         raise no_text(file)
     try:
-        content = file.read_text(encoding="utf-8-sig")
+        with open(file, encoding="utf-8-sig") as stream:
+            if file.suffix != ".jsonl":
+                return [stream.read()]
+            lines = enumerate(stream, start=1)
+            return [_document(file, number, line, tokenizer) for number, line in lines if line.strip()]
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text ({error}); convert it first") from error
-    if file.suffix != ".jsonl":
-        return [content]
-    documents = []
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{file}, line {number} is not JSON: {error}") from error
-        if isinstance(record, dict) and isinstance(record.get("text"), str):
-            documents.append(record["text"])
-        elif isinstance(record, dict) and isinstance(record.get("messages"), list):
-            if not tokenizer.chat_template:
-                raise InputError(f"{file} holds chats but the tokenizer has no chat template; give `text` instead")
+        raise not_utf8(file) from error
+
+
+def _document(file: Path, number: int, line: str, tokenizer: Any) -> str:
+    """The document of a line of a .jsonl."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file}, line {number} is not JSON: {error}") from error
+    if isinstance(record, dict) and isinstance(record.get("text"), str):
+        return record["text"]
+    if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
+        raise InputError(f"{file}, line {number} has neither `text` nor `messages`")
+    if not tokenizer.chat_template:
+        raise InputError(f"{file} holds chats but the tokenizer has no chat template; give `text` instead")
+    try:
+        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{file}, line {number}: the chat template refuses the messages: {reason}") from error
+
+
+def not_utf8(file: Path) -> InputError:
+    """What is said of a file that is not UTF-8, with its first such line."""
+    what = "it was changed while it was read"
+    with open(file, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
             try:
-                documents.append(tokenizer.apply_chat_template(record["messages"], tokenize=False))
-            except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise InputError(f"{file}, line {number}: the chat template refuses the messages: {reason}") from error
-        else:
-            raise InputError(f"{file}, line {number} has neither `text` nor `messages`")
-    return documents
+                line.decode()
+            except UnicodeDecodeError as error:
+                what = f"line {number}: {error}"
+                break
+    return InputError(f"{file} is not UTF-8 text ({what}); convert it first")
+
+
+@dataclass(frozen=True)
+class Pieces(Sequence[str]):
+    """A plain text file of `size` bytes as documents of about `PIECE` bytes, each read when it is asked for: whole
+    lines, or whole characters where a line is longer than that. Joined they are the file's text. Raises InputError for
+    a piece that is not UTF-8."""
+
+    file: Path
+    size: int
+
+    def __len__(self) -> int:
+        return -(-self.size // PIECE)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[each] for each in range(*index.indices(len(self)))]
+        index = range(len(self))[index]
+        with open(self.file, "rb") as stream:
+            start, stop = (self._cut(stream, number) for number in (index, index + 1))
+            stream.seek(start)
+            content = stream.read(stop - start)
+        try:
+            # As when the file is read whole: every line end becomes a line feed.
+            return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8" if start else "utf-8-sig").read()
+        except UnicodeDecodeError as error:
+            raise not_utf8(self.file) from error
+
+    def _cut(self, stream: io.BufferedReader, number: int) -> int:
+        """The byte at which a piece begins: after the first line feed from its nominal place on, if that is less than a
+        piece away, else at the first character."""
+        nominal = min(number * PIECE, self.size)
+        if nominal in (0, self.size):
+            return nominal
+        stream.seek(nominal - 1)
+        ahead = stream.read(PIECE)
+        found = ahead.find(b"\n")
+        if found >= 0:
+            return nominal + found
+        inside = next((place for place in range(1, len(ahead)) if ahead[place] & 0xC0 != 0x80), len(ahead))
+        return nominal + inside - 1
+
+
+def calibration_documents(file: Path, tokenizer: Any) -> Sequence[str]:
+    """The documents of a calibration text: `read_documents`, or the `Pieces` of a text file that is too large to be
+    tokenized as one. Raises InputError."""
+    plain = str(file) != embedded.TEXT and file.suffix != ".jsonl" and file.is_file()
+    size = file.stat().st_size if plain else 0
+    return Pieces(file, size) if size > WHOLE else read_documents(file, tokenizer, evaluation=False)
 
 
 def text_sha256(file: str | Path) -> str:
@@ -180,10 +250,7 @@ def sampled_windows(files: Sequence[Path], tokenizer: Any, *, count: int, length
             f"{embedded.TEXT}, the sources of Python's standard library"
         )
     enough = OVERSAMPLED * count * length
-    parts = [
-        tokenize(read_documents(file, tokenizer, evaluation=False), tokenizer, order=seed, enough=enough)
-        for file in files
-    ]
+    parts = [tokenize(calibration_documents(file, tokenizer), tokenizer, order=seed, enough=enough) for file in files]
     tokens = torch.cat(parts)
     available = len(tokens) // length
     names = ", ".join(str(file) for file in files)
