@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,13 @@ import resq.api
 from resq import durable
 from resq.checkpoint.work import work_path
 from resq.errors import InputError
+from resq.models.architecture import Site
 from resq.ptq import pipeline, resume, statistics
+from resq.ptq.basis.fixed import GatherHeads
+from resq.ptq.basis.pca import pca
+from resq.ptq.basis.peaks import SearchStrength, smooth
+from resq.ptq.learning import learn_rotations
+from resq.ptq.recipes import RESQ
 
 TINY: dict[str, Any] = {
     "hidden_size": 16,
@@ -38,6 +45,15 @@ TINY: dict[str, Any] = {
 # Two leaves of windows, the second with one.
 CALIBRATION: dict[str, Any] = {"windows": 9, "window_length": 16}
 MOMENTS, ENDS, ROUNDING = "collecting moments", "embedding and head", "rounding"
+SEARCH, LEARNING = "searching the strength of smoothing", "learning rotations"
+# A recipe with two tunings, of three and four steps.
+TWICE = replace(
+    RESQ,
+    name="twice",
+    basis=(pca(Site.RESIDUAL, Site.VALUE, Site.QUERY_KEY), GatherHeads(), smooth(Site.MLP_HIDDEN)),
+    tuning=(SearchStrength((0.2, 0.5, 0.8), windows=2), learn_rotations(Site.RESIDUAL, Site.VALUE, steps=4, batch=2)),
+)
+OURS = {TWICE.name: TWICE}
 
 
 class Stopped(BaseException):
@@ -59,10 +75,9 @@ def every_layer_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resume, "SHARE", 1)
 
 
-def quantize(home: Path, out: Path, **more: Any) -> None:
-    resq.api.quantize(
-        home / "source", out, **{"calibration": home / "text.txt", "recipe": "resq+", **CALIBRATION, **more}
-    )
+def quantize(home: Path, out: Path, recipe: str = "resq+", **more: Any) -> None:
+    given = {"calibration": home / "text.txt", "recipe": OURS.get(recipe, recipe), **CALIBRATION, **more}
+    resq.api.quantize(home / "source", out, **given)
 
 
 @cache
@@ -97,6 +112,8 @@ def goes_on(home: Path, out: Path, recipe: str = "resq+", **more: Any) -> None:
 
 STEPS = [
     *((MOMENTS, step) for step in range(1, 28)),
+    *((SEARCH, step) for step in range(1, 4)),
+    *((LEARNING, step) for step in range(1, 5)),
     *((ENDS, step) for step in range(2)),
     *((ROUNDING, step) for step in range(22)),
 ]
@@ -112,7 +129,7 @@ def test_a_stopped_job_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, pha
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["resq", "resq+", "quik", "gptq", "rtn"])
+@pytest.mark.parametrize("recipe", ["resq", "resq+", "quik", "gptq", "rtn", "twice"])
 def test_a_job_stopped_at_any_step_goes_on_to_the_same_bytes(home: Path, tmp_path: Path, recipe: str) -> None:
     told: list[tuple[str, int]] = []
     quantize(home, tmp_path / "told", recipe=recipe, progress=lambda phase, done, total: told.append((phase, done)))
@@ -160,7 +177,8 @@ def snapshots(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, each:
 
 
 @pytest.mark.parametrize(
-    ("recipe", "each"), [("resq+", 12), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("resq+", "quik"))]
+    ("recipe", "each"),
+    [("resq+", 12), *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("resq+", "quik", "twice"))],
 )
 def test_what_a_killed_process_leaves_at_any_moment_goes_on_to_the_same_bytes(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, each: int
@@ -233,7 +251,7 @@ DAMAGED = [
     ("rounding-2-hidden-0.npy", cut),
     ("rounding-2-hidden-1.npy", flip),
     ("rounding-2-exact-1.npy", Path.unlink),
-    ("maps.pt", flip),
+    ("maps-1.pt", flip),
     ("maps.json", empty),
     ("position.json", cut),
     ("position.json", Path.unlink),
@@ -264,6 +282,83 @@ def test_damaged_moments_are_collected_again(
     goes_on(home, tmp_path / "out")
 
 
+def told(home: Path, out: Path, *phases: str) -> list[tuple[str, int]]:
+    """The steps of some phases that the job of two tunings still takes, to the same bytes."""
+    steps: list[tuple[str, int]] = []
+    goes_on(home, out, "twice", progress=lambda phase, done, total: steps.append((phase, done)))
+    return [step for step in steps if step[0] in phases]
+
+
+def all_of(phase: str, after: int = 0) -> list[tuple[str, int]]:
+    return [(phase, step) for step in range(after + 1, {SEARCH: 4, LEARNING: 5}[phase])]
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "left"),
+    [
+        (SEARCH, 2, [*all_of(SEARCH, 2), *all_of(LEARNING)]),
+        (SEARCH, 3, all_of(LEARNING)),
+        (LEARNING, 1, all_of(LEARNING, 1)),
+        (LEARNING, 4, []),
+    ],
+)
+def test_a_stopped_tuning_goes_on_at_its_step_and_what_is_before_it_is_not_done_again(
+    home: Path, tmp_path: Path, phase: str, step: int, left: list[tuple[str, int]]
+) -> None:
+    stopped(home, tmp_path / "out", phase, step, recipe="twice")
+    assert told(home, tmp_path / "out", MOMENTS, SEARCH, LEARNING) == left
+
+
+def test_a_tuning_that_looks_at_no_moments_goes_on_without_them(home: Path, tmp_path: Path) -> None:
+    work = stopped(home, tmp_path / "out", LEARNING, 2, recipe="twice")
+    for file in (*work.glob("moments-*"), work / "position.json"):
+        file.unlink()
+    assert told(home, tmp_path / "out", MOMENTS, SEARCH, LEARNING) == all_of(LEARNING, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "left"),
+    [
+        ("tuning-2.pt", flip, all_of(LEARNING)),
+        ("tuning-2.pt", Path.unlink, all_of(LEARNING)),
+        ("tuning.json", empty, all_of(LEARNING)),
+        ("maps-2.pt", cut, [*all_of(SEARCH), *all_of(LEARNING)]),
+        ("maps.json", Path.unlink, [*all_of(SEARCH), *all_of(LEARNING)]),
+    ],
+)
+def test_a_tuning_whose_files_are_damaged_begins_anew(
+    home: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], left: list[tuple[str, int]]
+) -> None:
+    work = stopped(home, tmp_path / "out", LEARNING, 2, recipe="twice")
+    assert {file.name for file in (*work.glob("maps*"), *work.glob("tuning*"))} == {
+        *("maps.json", "maps-2.pt", "tuning.json", "tuning-2.pt")
+    }
+    damage(work / name)
+    assert told(home, tmp_path / "out", SEARCH, LEARNING) == left
+
+
+def test_a_tuning_of_other_maps_begins_anew(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = stopped(home, tmp_path / "out", SEARCH, 2, recipe="twice")
+    (work / "maps-1.pt").unlink()
+    real = pipeline.fit_maps
+    monkeypatch.setattr(pipeline, "fit_maps", lambda recipe, moments, shape, *rest: real(recipe, moments, shape, 1))
+    steps: list[tuple[str, int]] = []
+    quantize(
+        home,
+        tmp_path / "out",
+        "twice",
+        resume=True,
+        progress=lambda phase, done, total: steps.append((phase, done)),
+    )
+    assert [step for step in steps if step[0] == SEARCH] == all_of(SEARCH)
+
+
+def test_a_tuning_leaves_no_file_when_its_maps_are_kept(home: Path, tmp_path: Path) -> None:
+    work = stopped(home, tmp_path / "out", ENDS, 0, recipe="twice")
+    assert not list(work.glob("tuning*"))
+    assert [file.name for file in work.glob("maps-*")] == ["maps-3.pt"]
+
+
 def test_work_whose_inputs_nobody_knows_is_left_alone(home: Path, tmp_path: Path) -> None:
     work = stopped(home, tmp_path / "out", ROUNDING, 2 * 7 + 3)
     cut(work / "job.json")
@@ -276,7 +371,7 @@ def test_work_whose_inputs_nobody_knows_is_left_alone(home: Path, tmp_path: Path
 def test_layers_of_other_maps_are_forgotten(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Maps that are lost are made again, on another machine maybe to other bits: nothing of the old ones may stay."""
     work = stopped(home, tmp_path / "out", ROUNDING, 2 * 7 + 3)
-    (work / "maps.pt").unlink()
+    (work / "maps-1.pt").unlink()
     real = pipeline.fit_maps
     monkeypatch.setattr(pipeline, "fit_maps", lambda recipe, moments, shape, *rest: real(recipe, moments, shape, 1))
     quantize(home, tmp_path / "out", resume=True)
@@ -467,6 +562,49 @@ def test_killed_at_random_moments_the_command_goes_on_to_the_same_bytes(tmp_path
             break
     assert kills >= KILLS
     assert len(seen) >= 4, seen
+
+
+KILLED_IN_A_TUNING = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import resq.api
+from resq.ptq import resume
+resume.SHARE = 1
+home, out, recipe, kill = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
+seen = []
+def progress(phase, done, total):
+    seen.append([phase, done])
+    if [phase, done] == kill:
+        os.kill(os.getpid(), signal.SIGKILL)
+resq.api.quantize(home / "source", out, recipe=recipe, calibration=home / "text.txt", windows=9, window_length=16,
+                  resume=True, progress=progress)
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "phase", "steps", "kills"),
+    [("resq-learned", LEARNING, 100, (30, 31, 99)), ("smoothquant+", SEARCH, 9, (1, 7))],
+)
+def test_killed_in_a_tuning_a_job_goes_on_at_its_step_to_the_same_bytes(
+    home: Path, tmp_path: Path, recipe: str, phase: str, steps: int, kills: tuple[int, ...]
+) -> None:
+    def job(out: Path, *kill: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", KILLED_IN_A_TUNING, home, out, recipe, json.dumps(kill)]
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+
+    def taken(done: subprocess.CompletedProcess[str]) -> list[int]:
+        assert done.returncode == 0, done.stderr
+        return [step for name, step in json.loads(done.stdout) if name == phase]
+
+    assert taken(job(tmp_path / "whole")) == [*range(1, steps + 1)]
+    for kill in kills:
+        assert job(tmp_path / "out", phase, kill).returncode == -signal.SIGKILL
+    assert taken(job(tmp_path / "out")) == [*range(kills[-1] + 1, steps + 1)]
+    assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "whole")
 
 
 def opened(process: int) -> set[str]:

@@ -104,8 +104,11 @@ class LearnRotations:
             raise InputError(
                 f"recipe {fitted.recipe.name} has no map at {min(without)} whose rotation could be learned"
             )
-        losses = []
-        for step in range(self.steps):
+        losses = list[float]()
+        if (kept := fitted.bookmark.load()) is not None:
+            losses = kept["losses"]
+            resume(rotations, kept["rotations"])
+        for step in range(len(losses), self.steps):
             first = step * self.batch
             chosen = torch.arange(first, first + self.batch) % len(tokens)
             loss = simulation.loss({**maps, **turned(maps, rotations)}, tokens[chosen])
@@ -114,6 +117,7 @@ class LearnRotations:
             for blocks in rotations.values():
                 for block in blocks:
                     block.step(self.rate * (1 - step / self.steps))
+            fitted.bookmark.save(lambda: {"losses": losses, "rotations": values(rotations)})
             progress("learning rotations", step + 1, self.steps)
         with torch.no_grad():
             for blocks in rotations.values():
@@ -150,6 +154,19 @@ def learn_rotations(
 ) -> LearnRotations:
     """`learn_rotations(Site.RESIDUAL, Site.VALUE)`."""
     return LearnRotations(sites, steps, rate, batch, whole)
+
+
+def values(rotations: Mapping[At, list[Learned]]) -> list[list[Tensor]]:
+    """The rotations alone, in their order."""
+    return [[block.value.detach() for block in blocks] for blocks in rotations.values()]
+
+
+def resume(rotations: Mapping[At, list[Learned]], kept: list[list[Tensor]]) -> None:
+    """Set rotations to what `values` gave."""
+    with torch.no_grad():
+        for blocks, found in zip(rotations.values(), kept, strict=True):
+            for block, value in zip(blocks, found, strict=True):
+                block.value.copy_(value)
 
 
 def turned(maps: Mapping[At, LinearMap], rotations: Mapping[At, list[Learned]]) -> dict[At, LinearMap]:

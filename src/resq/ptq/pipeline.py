@@ -24,8 +24,8 @@ from resq.ptq.ends import store_ends
 from resq.ptq.golden import golden_of, golden_of_layer
 from resq.ptq.layers import Flow, LinearReport, round_layer
 from resq.ptq.placement import Placement
-from resq.ptq.recipe import At, Fitted, Moments, Recipe, Setting
-from resq.ptq.resume import Position
+from resq.ptq.recipe import At, Fitted, Moments, Recipe, Setting, Statistic
+from resq.ptq.resume import Position, Stage
 from resq.ptq.statistics import collect
 
 # The name of pass 2 in a job's files.
@@ -80,14 +80,21 @@ def fit_maps(
     return maps
 
 
-def tuned_maps(source: Source, job: Job, moments: Moments, progress: Progress) -> tuple[dict[At, LinearMap], list[str]]:
-    """The bases' maps after the recipe's tuning, and what it remarks."""
-    maps, notes = fit_maps(job.recipe, moments, source.shape, job.seed, job.device), []
-    setting = Setting(source.shape, job.recipe.precision, job.seed, job.device)
-    for tuning in job.recipe.tuning:
-        tuned = tuning(Fitted(source, job.recipe, maps, moments, job.tokens, setting), progress)
-        maps, notes = dict(tuned.maps), [*notes, *tuned.notes]
-    return maps, notes
+def tuned_maps(source: Source, job: Job, moments: Moments, progress: Progress, begun: Stage | None = None) -> Stage:
+    """The bases' maps after the recipe's tunings, each kept where the job is; from `begun` on, where it was kept."""
+    recipe, position = job.recipe, job.position
+    setting = Setting(source.shape, recipe.precision, job.seed, job.device)
+    if begun is None:
+        stage = Stage(fit_maps(recipe, moments, source.shape, job.seed, job.device))
+        position.keep_stage(stage)
+    else:
+        stage = moved(begun, job.device)
+    for tuning in recipe.tuning[stage.tunings :]:
+        fitted = Fitted(source, recipe, stage.maps, moments, job.tokens, setting, position.bookmark())
+        tuned = tuning(fitted, progress)
+        stage = Stage(tuned.maps, (*stage.notes, *tuned.notes), stage.tunings + 1)
+        position.keep_stage(stage)
+    return stage
 
 
 @full_float32()
@@ -103,41 +110,38 @@ def quantize(source: Source, job: Job, writer: CheckpointWriter | None, progress
     check_sizes(recipe, shape)
     for basis in recipe.basis:
         basis.check(shape, job.tokens.numel() if job.moments is None else job.moments.tokens)
-    maps, notes = all_maps(source, job, writer, progress)
-    placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
+    stage = all_maps(source, job, writer, progress)
+    placement = Placement(shape, stage.maps, recipe.precision, recipe.folds_norms)
     if writer is not None and not writer.has_ends:
         progress("embedding and head", 0, 1)
         parts = store_ends(placement, source, recipe.precision, keep_tied=job.keep_tied, device=job.device)
         add_ends(writer, source, parts, job.device)
         del parts
         progress("embedding and head", 1, 1)
-    return Outcome(*round_layers(source, placement, job, writer, progress), notes)
+    return Outcome(*round_layers(source, placement, job, writer, progress), list(stage.notes))
 
 
-def all_maps(
-    source: Source, job: Job, writer: CheckpointWriter | None, progress: Progress
-) -> tuple[dict[At, LinearMap], list[str]]:
-    """The maps after pass 1 and the recipe's tuning, in all ranks and on the job's device, and what the tuning remarks.
-    Where they are not those of an earlier process, what that one wrote is forgotten."""
-    position = job.position
-    found = position.maps()
-    if found is None:
+def all_maps(source: Source, job: Job, writer: CheckpointWriter | None, progress: Progress) -> Stage:
+    """The maps after pass 1 and the recipe's tunings, in all ranks and on the job's device, and what the tunings
+    remark. Where none are those of an earlier process, what that one wrote is forgotten; pass 1 then collects what the
+    whole recipe needs, and otherwise what the tunings that are left do."""
+    recipe, position = job.recipe, job.position
+    stage, needs = position.stage(), recipe.needs
+    if stage is None:
         if writer is not None:
             writer.begin_anew()
         position.forget(PHASE)
-        ops = dense(torch.float32, job.device)
+    else:
+        left = recipe.tuning[stage.tunings :]
+        needs = frozenset[Statistic]().union(*(tuning.needs for tuning in left))
+    if stage is None or stage.tunings < len(recipe.tuning):
         if job.moments is None:
-            moments = collect(source, ops, job.tokens, job.recipe.needs, progress, job.buffers, position)
+            ops = dense(torch.float32, job.device)
+            moments = collect(source, ops, job.tokens, needs, progress, job.buffers, position)
         else:
             moments = moved(job.moments, job.device)
-        found = position.ranks.from_first(lambda: _made_maps(source, job, moments, progress))
-    return moved(found[0], job.device), found[1]
-
-
-def _made_maps(source: Source, job: Job, moments: Moments, progress: Progress) -> tuple[dict[At, LinearMap], list[str]]:
-    maps, notes = tuned_maps(source, job, moments, progress)
-    job.position.keep_maps(maps, notes)
-    return moved(maps, CPU), notes
+        stage = position.ranks.from_first(lambda: moved(tuned_maps(source, job, moments, progress, stage), CPU))
+    return moved(stage, job.device)
 
 
 def add_ends(writer: CheckpointWriter, source: Source, parts: EndParts, device: torch.device) -> None:

@@ -21,13 +21,21 @@ from resq.numerics.maps import LinearMap
 from resq.numerics.moments import Leaves
 from resq.ptq.activations import Activations, save, saved
 from resq.ptq.ranks import ALONE, Ranks
-from resq.ptq.recipe import At
+from resq.ptq.recipe import At, Bookmark
 
-# Saving the windows' states takes at most about this share of the time: what is lost by a crash is one layer, or this
-# many times what a save takes.
+# Saving states takes at most about this share of the time: what is lost by a crash is one layer, or one step of a
+# tuning, or this many times what a save takes.
 SHARE = 10
-MAPS_FILE = "maps.pt"
 _KINDS = {kind.kind: kind for kind in (kinds.Dense, kinds.PerHead, kinds.Diagonal, kinds.Permutation, kinds.Hadamard)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The maps of a job after the bases and so many of its recipe's tunings, and what those remarked."""
+
+    maps: Mapping[At, LinearMap]
+    notes: tuple[str, ...] = ()
+    tunings: int = 0
 
 
 @dataclass
@@ -89,8 +97,7 @@ class Position:
     ) -> None:
         """Keep the states after `layer` layers, and what `sums` gives (tensors in plain containers), durably; or not
         yet, where that would take more than a share of the time. Raises InputError when the disk is full."""
-        due = self.directory is not None and time.monotonic() - self._saved >= (SHARE - 1) * self._took
-        if self.directory is None or not self.ranks.from_first(lambda: due):
+        if self.directory is None or not self.ranks.from_first(self._due):
             return
         started, (first, stop), files = time.monotonic(), self.ranks.span(leaves), list[Path]()
         begin = leaves.span(first, first)[0]
@@ -113,6 +120,14 @@ class Position:
             own = any(file.match(f"*-{name}") for name in self._suffixes(leaves))
             if own and not file.name.startswith(f"{phase}-{layer}-"):
                 file.unlink(missing_ok=True)
+        self._passed(started)
+
+    def _due(self) -> bool:
+        """Whether a save as long as the last one is within its share of the time."""
+        return time.monotonic() - self._saved >= (SHARE - 1) * self._took
+
+    def _passed(self, started: float) -> None:
+        """A save is over."""
         self._saved = time.monotonic()
         self._took = self._saved - started
 
@@ -121,28 +136,73 @@ class Position:
         mine = [f"{leaf}.npy" for leaf in range(*self.ranks.span(leaves))]
         return [*mine, f"{self.ranks.rank}-of-{self.ranks.size}.pt"]
 
-    def maps(self) -> tuple[dict[At, LinearMap], list[str]] | None:
-        """The maps that `keep_maps` kept, and remarks, in all processes; None where there are none."""
-        return self.ranks.from_first(self._maps)
+    def stage(self) -> Stage | None:
+        """What `keep_stage` kept last, in all processes; None where there is nothing."""
+        return self.ranks.from_first(self._stage)
 
-    def _maps(self) -> tuple[dict[At, LinearMap], list[str]] | None:
-        record = None if self.work is None else self.work.record("maps")
-        if self.work is None or record is None:
+    def _stage(self) -> Stage | None:
+        kept = self._kept("maps")
+        if kept is None:
             return None
-        file = self.work.file(MAPS_FILE)
-        if not file.is_file() or sha256_of(file) != record["sha256"]:
-            return None
-        stored = torch.load(file, weights_only=True)
-        return {At(Site(entry["site"]), entry["layer"]): _restored(entry) for entry in stored}, record["notes"]
+        maps = {At(Site(entry["site"]), entry["layer"]): _restored(entry) for entry in kept["maps"]}
+        return Stage(maps, tuple(kept["notes"]), kept["tunings"])
 
-    def keep_maps(self, maps: Mapping[At, LinearMap], notes: list[str]) -> None:
-        """Keep the maps of a job, where it is kept, and remarks with them. Raises InputError when the disk is full."""
+    def keep_stage(self, stage: Stage) -> None:
+        """Keep the maps of a job, where it is kept, in place of those before; the bookmark of the tuning between them
+        is forgotten. Raises InputError when the disk is full."""
         if self.work is None:
             return
-        file = self.work.file(MAPS_FILE)
+        maps = [_described(at, map) for at, map in stage.maps.items()]
+        self._keep("maps", lambda: {"maps": maps, "notes": list(stage.notes), "tunings": stage.tunings})
+        self._forget("tuning")
+
+    def bookmark(self) -> Bookmark:
+        """Of the tuning that starts from the maps kept last: what was saved after other maps is nothing to it.
+        Saving raises InputError when the disk is full."""
+        record = None if self.work is None else self.work.record("maps")
+        if record is None:
+            return Bookmark()
+        maps = record["sha256"]
+
+        def load() -> Any:
+            kept = self._kept("tuning")
+            return kept["state"] if kept is not None and kept["maps"] == maps else None
+
+        def save(make: Callable[[], Any]) -> None:
+            if self._due():
+                started = time.monotonic()
+                self._keep("tuning", lambda: {"maps": maps, "state": make()})
+                self._passed(started)
+
+        return Bookmark(load, save)
+
+    def _keep(self, name: str, make: Callable[[], Any]) -> None:
+        """Keep what `make` gives in place of what has this name, which is there until this is."""
+        assert self.work is not None
+        number = (self.work.record(name) or {}).get("number", 0) + 1
+        file = self.work.file(f"{name}-{number}.pt")
         with writing(self.work.out, None):
-            write_object(file, lambda: [_described(at, map) for at, map in maps.items()])
-        self.work.save("maps", {"sha256": sha256_of(file), "notes": notes})
+            write_object(file, lambda: moved(make(), CPU))
+            sha256 = sha256_of(file)
+        self.work.save(name, {"number": number, "sha256": sha256})
+        self.work.forget(*(each.name for each in self.work.path.glob(f"{name}-*.pt") if each != file))
+
+    def _kept(self, name: str) -> Any:
+        """What has this name; None where there is nothing, or it is not as it was written."""
+        record = None if self.work is None else self.work.record(name)
+        if self.work is None or record is None:
+            return None
+        file = self.work.file(f"{name}-{record.get('number')}.pt")
+        try:
+            whole = sha256_of(file) == record.get("sha256")
+        except OSError:
+            return None
+        return torch.load(file, weights_only=True) if whole else None
+
+    def _forget(self, name: str) -> None:
+        """Remove what has this name."""
+        assert self.work is not None
+        self.work.forget(f"{name}.json", *(each.name for each in self.work.path.glob(f"{name}-*.pt")))
 
 
 def _described(at: At, map: LinearMap) -> dict[str, Any]:

@@ -142,7 +142,7 @@ class Laboratory:
         rounding = min(DEFAULT_ROUNDING_WINDOWS, plan.windows) if rounding is None else rounding
         keep_tied = self.source.shape.tied and recipe.precision.head is None
         job = Job(recipe, self.calibration, rounding, self.comparison.seed, keep_tied)
-        return tuned_maps(self.source, job, self.moments, self.progress)[0]
+        return dict(tuned_maps(self.source, job, self.moments, self.progress).maps)
 
     def keep(self, name: str, kind: type[T], compute: Callable[[], Sequence[T]], **depends: Any) -> list[T] | str:
         """Rows of a diagnostic from its file, computed if need be; in words why that cannot be."""

@@ -159,7 +159,7 @@ class SearchStrength:
 
     strengths: tuple[float, ...] = tuple(step / 10 for step in range(1, 10))
     windows: int = 8
-    needs = frozenset[Statistic]()
+    needs = Smooth.needs
 
     def __post_init__(self) -> None:
         if not self.strengths or not all(0 <= strength <= 1 for strength in self.strengths) or self.windows < 1:
@@ -173,16 +173,21 @@ class SearchStrength:
         if not bases:
             raise InputError(f"recipe {fitted.recipe.name} has no smoothing whose strength could be searched")
         simulation = Simulation(fitted.source, fitted.recipe, round_weights=True, device=fitted.setting.device)
-        tokens, tried = fitted.tokens[: self.windows], []
-        for number, strength in enumerate(self.strengths):
+        tokens, losses = fitted.tokens[: self.windows], list[float](fitted.bookmark.load() or [])
+
+        def smoothed(strength: float) -> dict[At, LinearMap]:
             maps = dict(fitted.maps)
             for basis in bases:
                 maps |= replace(basis, strength=strength).fit(fitted.moments, fitted.setting)
+            return maps
+
+        for number in range(len(losses), len(self.strengths)):
             with torch.no_grad():
-                tried.append((float(simulation.loss(maps, tokens)), strength, maps))
+                losses.append(float(simulation.loss(smoothed(self.strengths[number]), tokens)))
+            fitted.bookmark.save(lambda: losses)
             progress("searching the strength of smoothing", number + 1, len(self.strengths))
-        _, strength, maps = min(tried, key=lambda each: each[:2])
-        return Tuned(maps, (f"smoothing strength {strength:g}",), tuple(loss for loss, _, _ in tried))
+        _, strength = min(zip(losses, self.strengths, strict=True))
+        return Tuned(smoothed(strength), (f"smoothing strength {strength:g}",), tuple(losses))
 
     def __str__(self) -> str:
         return f"strength searched in {self.strengths[0]:g} … {self.strengths[-1]:g}"
