@@ -291,7 +291,7 @@ def _task(
     windows, window_length, used, file = given.windows, given.window_length, None, str(given.statistics)
     if stored is not None:
         used = StatisticsEntry(sha256=sha256_of(Path(file)), device=stored.header.device)
-        windows, window_length = _windows_of(file, stored.header, method, windows, window_length)
+        windows, window_length = windows_of(file, stored.header, method, windows, window_length)
     count = _counted(windows)
     rounding = min(DEFAULT_ROUNDING_WINDOWS, count) if given.rounding_windows is None else given.rounding_windows
     if not 1 <= rounding <= count:
@@ -476,8 +476,8 @@ def _texts(model: Source, given: str | Path | Sequence[str | Path]) -> Sequence[
     return [embedded.TEXT] if not files and model.path == embedded.model_directory() else files
 
 
-def _windows_of(file: str, header: Header, recipe: Recipe, windows: int | None, length: int | None) -> tuple[int, int]:
-    """The statistics' number and length of windows, which are the only ones that may be given."""
+def windows_of(file: str, header: Header, recipe: Recipe, windows: int | None, length: int | None) -> tuple[int, int]:
+    """The statistics' number and length of windows, the only ones that may be given. Raises InputError for others."""
     if not recipe.needs:
         raise InputError(f"recipe {recipe.name} fits no basis and needs no --statistics; leave it out")
     calibration = header.calibration

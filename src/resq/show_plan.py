@@ -34,7 +34,9 @@ def planned(plan: Plan) -> None:
         f"{model.name}: {model.config['model_type']}, supported; {shape.layers} layers of {shape.hidden}, FFN "
         f"{shape.ffn}, {heads}, vocabulary {shape.vocab}, {head}; {model.dtype}, {size(book.source_bytes)}"
     )
-    windows = f"{work.windows} windows of {work.length} tokens" if work.looks else "no windows"
+    seen = work.looks or work.collected
+    windows = f"{work.windows} windows of {work.length} tokens" if seen else "no windows"
+    windows += ", collected before" if work.collected else ""
     if work.rounded and work.rounded < work.windows:
         windows += f", {work.rounded} of them for rounding"
     _say(f"recipe {asked.recipe.name}, {windows}, on {asked.device}, activations on {asked.activations}\n")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +15,21 @@ import pytest
 from tests.conftest import make_checkpoint, run
 
 import resq
-from resq.api import chosen_recipe
+from resq.api import calibrate, chosen_recipe
+from resq.checkpoint.manifest import FileEntry
 from resq.errors import InputError
 from resq.measure.ledger import ledger
-from resq.measure.plan import Asked, Machine, described, logged, planned
+from resq.measure.plan import Asked, Machine, check_statistics, described, logged, planned
 from resq.measure.plan_memory import TOKENIZED, Work, holdings, nodes
 from resq.measure.plan_rehearse import rehearsed
 from resq.measure.plan_time import Rates, seconds
+from resq.measure.rows import read_rows
 from resq.measure.shapes import shape_named
 from resq.models.architecture import architecture_for
 from resq.models.text import WHOLE
 from resq.processes import Peak
 from resq.ptq.activations import Place
+from resq.ptq.statistics_file import Header, read_header
 
 GB = 10**9
 RATES = Rates(1e11, 5e10, 1e10, 1e9, 1e10, 1e7, 1e8, 1e9, 1e9)
@@ -40,13 +44,14 @@ from resq.measure.plan import Asked, described, logged, planned
 from resq.processes import Peak, return_blocks
 from resq.ptq.activations import Place
 
-source, out, recipe, windows, rounding, length, place, text = sys.argv[1:]
+source, out, recipe, windows, rounding, length, place, text, file = sys.argv[1:]
 return_blocks()
-asked = Asked(api.chosen_recipe(recipe, None, None), int(windows), int(rounding), int(length), activations=Place(place))
+asked = Asked(api.chosen_recipe(recipe, None, None), int(windows), int(rounding), int(length), activations=Place(place),
+              collected=bool(file))
 plan = planned(described(source), asked)
 with Peak() as peak:
     api.quantize(source, out, recipe=recipe, calibration=[text], windows=int(windows), window_length=int(length),
-                 rounding_windows=int(rounding), activations=place, progress=peak.watched())
+                 statistics=file or None, rounding_windows=int(rounding), activations=place, progress=peak.watched())
 print(json.dumps([vars(row) for row in logged(plan, peak)]))
 """
 
@@ -169,6 +174,97 @@ def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     assert not plan_of(directory, machine=replace(ROOM, disk=1000)).fits
 
 
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Header]:
+    """A model, a file of its statistics, and what that holds."""
+    home = tmp_path_factory.mktemp("collected")
+    directory, text, file = make_checkpoint(home / "model"), home / "text.txt", home / "stats.safetensors"
+    text.write_text("what was collected is not collected again. " * 200)
+    calibrate(directory, file, calibration=text, windows=24, window_length=64)
+    return directory, file, read_header(file)
+
+
+def test_a_statistics_file_takes_the_place_of_the_first_pass(collected: tuple[Path, Path, Header]) -> None:
+    directory, file, header = collected
+    told = json.loads(run("plan", str(directory), "--statistics", str(file), "--recipe", "resq", "--json").stdout)
+    assert (told["windows"], told["rounding_windows"], told["window_length"]) == (24, 24, 64)
+    assert told["statistics"] is True
+    phases = ["tokenizing", "hashing the source", "fitting bases", "embedding and head", "rounding"]
+    assert [phase["name"] for phase in told["phases"]] == phases
+    kept = 8 * sum(prod(shape) for shape in header.sum_shapes().values())
+    assert all(phase["terms"]["moments of the statistics"] == kept for phase in told["phases"][2:])
+    without = plan_of(directory, windows=24)
+    before = plan_of(directory, windows=24, collected=True)
+    assert before.phases[-1].peak == without.phases[-1].peak + kept
+    assert before.seconds < without.seconds
+    # Nothing looks at text, unless it is given and compared.
+    bare = plan_of(directory, "resq-kv", windows=24, collected=True)
+    assert "tokenizing" not in {phase.name for phase in bare.phases}
+    assert "states to resume from" not in bare.disk
+    compared = plan_of(directory, "resq-kv", windows=24, collected=True, text=1000)
+    assert compared.phases[0].name == "tokenizing"
+
+
+def test_advice_leaves_a_statistics_files_windows_alone(collected: tuple[Path, Path, Header]) -> None:
+    options: dict[str, Any] = {"windows": 4096, "window_length": 256, "machine": replace(ROOM, memory=GB // 4)}
+    plans = [plan_of(collected[0], collected=each, **options) for each in (False, True)]
+    changes = [{change for change, _, _ in plan.advice} for plan in plans]
+    assert any("--windows" in change for change in changes[0])
+    assert changes[1]
+    assert not any("--windows" in change or "--window-length" in change for change in changes[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--windows", "8"], "--windows is 8, {file} was made with 24; leave --windows out"),
+        (["--window-length", "32"], "--window-length is 32, {file} was made with 64"),
+        (["--rounding-windows", "25"], "--rounding-windows 25 must lie in 1 … 24"),
+        (["--recipe", "gptq"], "recipe gptq fits no basis and needs no --statistics"),
+        (["--recipe", "quik"], "but not peaks"),
+    ],
+)
+def test_statistics_are_refused_as_when_quantizing(
+    options: list[str], words: str, collected: tuple[Path, Path, Header], tmp_path: Path
+) -> None:
+    directory, file, _ = collected
+    said = words.format(file=file)
+    for command in (["plan"], ["quantize", "--out", str(tmp_path / "out")]):
+        text = str(file.with_name("text.txt"))
+        done = run(*command, str(directory), "--statistics", str(file), "--calibration", text, *options)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert said in done.stderr
+
+
+def test_statistics_of_another_model_are_refused(collected: tuple[Path, Path, Header], tmp_path: Path) -> None:
+    directory, _, header = collected
+    recipe = chosen_recipe("resq", None, None)
+    check_statistics("stats", header, described(directory), recipe)
+    check_statistics("stats", header, described(directory / "config.json"), recipe)
+    entry = FileEntry(bytes=1, sha256="0" * 64)
+    longer = header.model_copy(update={"source": {**header.source, "model.safetensors": entry}})
+    with pytest.raises(InputError, match=r"another model: model\.safetensors differs"):
+        check_statistics("stats", longer, described(directory), recipe)
+    other = make_checkpoint(tmp_path / "other", vocab_size=320)
+    with pytest.raises(InputError, match=r"another model: config\.json differs"):
+        check_statistics("stats", header, described(other), recipe)
+
+
+def test_quantizing_from_statistics_is_logged_beside_its_plan(
+    collected: tuple[Path, Path, Header], tmp_path: Path
+) -> None:
+    directory, file, _ = collected
+    given = ["--statistics", str(file), "--calibration", str(file.with_name("text.txt")), "--rounding-windows", "4"]
+    log = tmp_path / "log.jsonl"
+    done = run("quantize", str(directory), *given, "--log", str(log), "--out", str(tmp_path / "out"))
+    assert done.returncode == 0, done.stderr
+    (row,) = read_rows(log)
+    assert row["plan"]["statistics"] is True
+    assert (row["plan"]["windows"], row["plan"]["rounding_windows"]) == (24, 4)
+    phases = [phase["phase"] for phase in row["phases"]]
+    assert phases == ["tokenizing", "hashing the source", "fitting bases", "embedding and head", "rounding", "all"]
+
+
 def work(**changes: Any) -> Work:
     config = shape_named("llama-3.1-8b")
     shape = architecture_for(config["model_type"]).shape(config)
@@ -258,21 +354,25 @@ SIZES: dict[str, Any] = {
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs /proc")
 @pytest.mark.parametrize(
-    ("recipe", "windows", "rounding", "length", "place"),
+    ("recipe", "windows", "rounding", "length", "place", "collected"),
     [
-        ("resq", 128, 32, 256, "disk"),
-        ("resq+", 24, 24, 256, "memory"),
-        ("rtn", 8, 8, 256, "device"),
-        ("quik", 32, 16, 512, "device"),
+        ("resq", 128, 32, 256, "disk", False),
+        ("resq+", 24, 24, 256, "memory", False),
+        ("rtn", 8, 8, 256, "device", False),
+        ("quik", 32, 16, 512, "device", False),
+        ("resq-kv", 8, 8, 512, "device", True),
     ],
 )
 def test_peak_is_within_fifteen_percent_of_the_plan(
-    tmp_path: Path, recipe: str, windows: int, rounding: int, length: int, place: str
+    tmp_path: Path, recipe: str, windows: int, rounding: int, length: int, place: str, collected: bool
 ) -> None:
     directory = make_checkpoint(tmp_path / "model", **SIZES)
     text = tmp_path / "text.jsonl"
     text.write_text("\n".join(json.dumps({"text": f"document {number}. " * 40}) for number in range(400)))
-    given = [str(directory), str(tmp_path / "out"), recipe, windows, rounding, length, place, text]
+    file = tmp_path / "stats.safetensors" if collected else ""
+    if collected:
+        calibrate(directory, file, recipe=recipe, calibration=text, windows=windows, window_length=length)
+    given = [str(directory), str(tmp_path / "out"), recipe, windows, rounding, length, place, text, file]
     done = subprocess.run(
         [sys.executable, "-c", RUN, *map(str, given)], capture_output=True, text=True, check=False, timeout=500
     )

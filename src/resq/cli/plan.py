@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from resq import show_plan
-from resq.cli.app import RECIPE_NAMES, HeadBitsOption, JsonOption, RoundingWindowsOption, WindowsOption, app
+from resq.cli.app import RECIPE_NAMES, HeadBitsOption, JsonOption, RoundingWindowsOption, app
 
 if TYPE_CHECKING:
     from resq.measure.plan import Plan
@@ -36,10 +36,20 @@ def plan(
             show_default="texts of many small documents",
         ),
     ] = None,
-    windows: WindowsOption = 128,
+    statistics: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `resq calibrate` or `resq merge` for the bases, instead of a forward pass.",
+            show_default="collected",
+        ),
+    ] = None,
+    windows: Annotated[
+        int | None, typer.Option(help="Calibration windows.", show_default="128 or those of --statistics")
+    ] = None,
     rounding_windows: RoundingWindowsOption = None,
     window_length: Annotated[
-        int | None, typer.Option(help="Tokens per window.", show_default="2048 or the context")
+        int | None,
+        typer.Option(help="Tokens per window.", show_default="2048 or the context, or those of --statistics"),
     ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Bits of the low band: 2, 3, 4 or 6.", show_default="the recipe's, 4")
@@ -72,6 +82,7 @@ def plan(
         source,
         recipe=recipe,
         calibration=calibration,
+        statistics=statistics,
         windows=windows,
         rounding_windows=rounding_windows,
         window_length=window_length,
@@ -96,7 +107,8 @@ def plan_of(
     *,
     recipe: str,
     calibration: Sequence[Path] | None,
-    windows: int,
+    statistics: Path | None,
+    windows: int | None,
     rounding_windows: int | None,
     window_length: int | None,
     bits: int | None,
@@ -109,10 +121,16 @@ def plan_of(
 ) -> Plan:
     """The plan of what is typed."""
     from resq import api
-    from resq.measure.plan import Asked, described, planned
+    from resq.measure.plan import Asked, check_statistics, described, planned
+    from resq.ptq.statistics_file import read_header
 
     chosen, place = api.chosen_recipe(recipe, bits, head_bits), api.chosen_device(device)
     kept_at, model = api.chosen_activations(activations), described(source)
+    if statistics is not None:
+        header = read_header(statistics)
+        windows, window_length = api.windows_of(str(statistics), header, chosen, windows, window_length)
+        check_statistics(str(statistics), header, model, chosen)
+    windows = api.DEFAULT_WINDOWS if windows is None else windows
     sizes = [(file.suffix == ".jsonl", file.stat().st_size) for file in calibration or () if file.is_file()]
     asked = Asked(
         recipe=chosen,
@@ -122,6 +140,7 @@ def plan_of(
         untie=untie,
         device=place,
         activations=kept_at,
+        collected=statistics is not None,
         context=context,
         batch=batch,
         text=max((size for lines, size in sizes if not lines), default=None),

@@ -102,7 +102,6 @@ def quantize(
 
     For example: `resq quantize path/to/llama --calibration wiki.train.raw --out llama-resq`
     """
-    from resq.api import DEFAULT_WINDOWS
     from resq.api import quantize as run
     from resq.measure.plan import logged
     from resq.measure.rows import append_row, check_appendable, provenance
@@ -120,6 +119,7 @@ def quantize(
     asked: dict[str, Any] = {
         "recipe": recipe,
         "calibration": calibration,
+        "statistics": statistics,
         "windows": windows,
         "rounding_windows": rounding_windows,
         "window_length": window_length,
@@ -129,17 +129,12 @@ def quantize(
         "device": device,
         "activations": activations,
     }
-    plan = None
-    if log is not None and first:
-        if statistics is not None:
-            raise InputError("--log compares with `resq plan`, which knows no --statistics; leave one of them out")
-        plan = plan_of(source, **{**asked, "windows": DEFAULT_WINDOWS if windows is None else windows})
+    plan = plan_of(source, **asked) if log is not None and first else None
     with bars() as progress, Peak() as peak:
         result = run(
             source,
             out_dir,
             **{**asked, "calibration": calibration or []},
-            statistics=statistics,
             seed=seed,
             resume=resume,
             progress=peak.watched(progress),

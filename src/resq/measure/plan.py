@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from resq.checkpoint.manifest import FileEntry
 from resq.errors import InputError
 from resq.measure.plan_memory import Holding, Work, holdings
 from resq.measure.plan_size import Size, sized, source_bytes
@@ -24,6 +26,7 @@ from resq.processes import Peak, held
 from resq.ptq.activations import Place
 from resq.ptq.checks import check_sizes
 from resq.ptq.recipe import Recipe, Statistic
+from resq.ptq.statistics_file import Header, check_fit
 
 # What of a hub model is fetched for a plan.
 DESCRIBED = ["*.json", "tokenizer*"]
@@ -37,8 +40,9 @@ NAMED = {"before embedding and head": "fitting bases"}
 
 @dataclass(frozen=True)
 class Asked:
-    """What `resq quantize` would be asked: see there. context, batch: of the KV cache that is counted; text: bytes of
-    the largest calibration text that is no .jsonl, None where it is not known; documents: of the largest .jsonl."""
+    """What `resq quantize` would be asked: see there. collected: the bases' statistics come from a file. context,
+    batch: of the KV cache that is counted; text: bytes of the largest calibration text that is no .jsonl, None where it
+    is not known; documents: of the largest .jsonl."""
 
     recipe: Recipe
     windows: int
@@ -47,6 +51,7 @@ class Asked:
     untie: bool = False
     device: torch.device = CPU
     activations: Place = Place.DEVICE
+    collected: bool = False
     context: int | None = None
     batch: int = 1
     text: int | None = None
@@ -140,6 +145,7 @@ class Plan:
             "windows": self.work.windows,
             "rounding_windows": self.work.rounding_windows,
             "window_length": self.work.length,
+            "statistics": asked.collected,
             "device": str(asked.device),
             "activations": str(asked.activations),
             "layers": shape.layers,
@@ -252,12 +258,26 @@ def work_of(model: Model, asked: Asked) -> Work:
         rounding_windows=rounding,
         length=length,
         place=asked.activations,
+        collected=asked.collected,
         cuda=asked.device.type == "cuda",
         keep_tied=shape.tied and recipe.precision.head is None and not asked.untie,
         value_bytes=4 if model.dtype == "float32" else 2,
         text=asked.text,
         documents=asked.documents,
     )
+
+
+def check_statistics(file: str, header: Header, model: Model, recipe: Recipe) -> None:
+    """Raises InputError as `resq quantize` does for a statistics file that does not serve model and recipe; weights,
+    which are not read here, are known by their sizes."""
+    here = dict(header.source)
+    if model.source is not None:
+        sizes = {name: (model.path / name).stat().st_size for name in model.source.shards}
+        like = {name: entry for name, entry in here.items() if entry.bytes == sizes.get(name)}
+        here = {name: FileEntry(bytes=size, sha256="0" * 64) for name, size in sizes.items()} | like
+    config = (model.path / "config.json").read_bytes()
+    here["config.json"] = FileEntry(bytes=len(config), sha256=hashlib.sha256(config).hexdigest())
+    check_fit(file, header, here, recipe.needs)
 
 
 def _process(model: Model) -> int:
@@ -294,11 +314,12 @@ def _phases(
 
 def disk(work: Work, result: int) -> dict[str, int]:
     """Bytes on disk at most, by what they are for, the source not counted."""
-    shape, needs = work.shape, work.recipe.needs
+    shape = work.shape
     rounded = work.streams * work.states(work.rounded)
     attended = 4 * work.streams * work.rounded * work.length * shape.heads * shape.head_dim
-    first = work.states(work.windows) if needs else 0
-    sums = 8 * Leaves(work.windows).count * shape.hidden**2 if Statistic.RESIDUAL in needs else 0
+    first = work.states(work.windows) if work.passes else 0
+    residual = work.passes and Statistic.RESIDUAL in work.recipe.needs
+    sums = 8 * Leaves(work.windows).count * shape.hidden**2 if residual else 0
     found = {"checkpoint": result}
     # The one saved before is there until the next one is whole.
     if resumable := 2 * max(first + sums, rounded):
@@ -340,11 +361,12 @@ def _advice(plan: Plan, process: int) -> list[tuple[str, int, bool]]:
     if work.rounded > FEWEST:
         changes[f"--rounding-windows {FEWEST}"] = lambda each: replace(each, rounding_windows=FEWEST)
     needed = 2 * work.shape.hidden if Statistic.RESIDUAL in work.recipe.needs else 1
-    if work.windows > FEWEST and FEWEST * work.length >= needed:
+    own = not work.collected  # those of a statistics file are its own
+    if own and work.windows > FEWEST and FEWEST * work.length >= needed:
         changes[f"--windows {FEWEST}"] = lambda each: replace(
             each, windows=FEWEST, rounding_windows=min(FEWEST, each.rounding_windows)
         )
-    if work.looks and work.length > SHORTEST and work.windows * SHORTEST >= needed:
+    if own and work.looks and work.length > SHORTEST and work.windows * SHORTEST >= needed:
         changes[f"--window-length {SHORTEST}"] = lambda each: replace(each, length=SHORTEST)
     found, together = [], work
     for change, make in changes.items():

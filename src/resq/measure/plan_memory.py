@@ -35,7 +35,7 @@ MLP, MLP_ROUNDED, ATTENTION = 5, 8, 6
 class Work:
     """What decides memory and time beside the machine. value_bytes: of a stored weight. text: bytes of the largest
     calibration text that is no .jsonl, None where it is not known; documents: of the largest .jsonl. cuda: computed on
-    a card."""
+    a card; collected: the bases' statistics come from a file."""
 
     shape: Shape
     recipe: Recipe
@@ -48,11 +48,18 @@ class Work:
     value_bytes: int = 2
     text: int | None = None
     documents: int = 0
+    collected: bool = False
+
+    @property
+    def passes(self) -> bool:
+        """Whether pass 1 is run."""
+        return bool(self.recipe.needs) and not self.collected
 
     @property
     def looks(self) -> bool:
-        """Whether anything looks at calibration text."""
-        return bool(self.recipe.needs or self.recipe.tuning or self.recipe.needs_windows)
+        """Whether anything looks at calibration text; that of a statistics file is compared where it is given."""
+        compared = self.collected and (self.text is not None or self.documents > 0)
+        return bool(self.passes or compared or self.recipe.tuning or self.recipe.needs_windows)
 
     @property
     def rounded(self) -> int:
@@ -138,7 +145,7 @@ def holdings(work: Work, process: int) -> list[Holding]:
     found = []
     for phase, moments in (
         ("tokenizing", _text(work)),
-        ("collecting moments", _first_pass(work) if work.recipe.needs else iter(())),
+        ("collecting moments", _first_pass(work) if work.passes else iter(())),
         ("fitting bases", _fitting(work)),
         ("embedding and head", _ends(work)),
         ("rounding", _second_pass(work)),
@@ -198,6 +205,12 @@ def _small_moments(work: Work) -> int:
     return 8 * h * h * ((Statistic.VALUE in needs) * work.shape.kv_heads + (Statistic.KEY in needs))
 
 
+def _kept(work: Work) -> dict[str, int]:
+    """What stays of a statistics file, whose sums themselves are mapped, from the bases to the end."""
+    square = 8 * work.shape.hidden**2 if Statistic.RESIDUAL in work.recipe.needs else 0
+    return {"moments of the statistics": square + _small_moments(work) * work.shape.layers} if work.collected else {}
+
+
 def maps(work: Work) -> int:
     """Bytes of the maps that stay while layers are placed."""
     shape, sites = work.shape, {site for basis in work.recipe.basis for site in basis.sites}
@@ -212,26 +225,29 @@ def _fitting(work: Work) -> Iterator[Moment]:
     sites = {site for basis in work.recipe.basis for site in basis.sites}
     if Site.RESIDUAL in sites:
         square = 8 * work.shape.hidden**2
-        yield Moment("the residual's basis", {"eigenvectors and rotations": FITTED * square}, {})
+        # One of them is the moment, on a CPU the one that is kept.
+        fitted = FITTED - (Statistic.RESIDUAL in work.recipe.needs and work.collected and not work.cuda)
+        yield Moment("the residual's basis", {"eigenvectors and rotations": fitted * square}, _kept(work))
 
 
 def _ends(work: Work) -> Iterator[Moment]:
     shape, head = work.shape, work.recipe.precision.head
     table, square = shape.vocab * shape.hidden, 8 * shape.hidden**2
-    host = {"embedding": 2 * table}
+    host = {"embedding": 2 * table, **_kept(work)}
     if not work.keep_tied:
         host["head"] = 2 * table if head is None else table
     wide = 32 if work.recipe.folds_norms else 18
     rows = {"a block of the vocabulary": wide * BLOCK * shape.hidden, "maps": maps(work)}
     yield Moment("placing the embedding", rows, host)
     if work.keep_tied and work.recipe.folds_norms:
-        yield Moment("the head's map", {"the head's map": 4 * square, "maps": maps(work)}, {})
+        yield Moment("the head's map", {"the head's map": 4 * square, "maps": maps(work)}, _kept(work))
 
 
 def _second_pass(work: Work) -> Iterator[Moment]:
     shape, recipe, count, streams = work.shape, work.recipe, work.rounded, work.streams
     d, length, heads = shape.hidden, work.length, shape.heads * shape.head_dim
     states, host = _stated(work, count, "hidden states", streams * work.states(count))
+    host = {**host, **_kept(work)}
     attended = _stated(work, count, "attention's outputs", 4 * streams * count * length * heads)
     held = {**states, "maps": maps(work)}
     sizes, done = shape.sizes(), list[Role]()

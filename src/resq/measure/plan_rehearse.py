@@ -51,7 +51,7 @@ def rehearsed(plan: Plan) -> Plan:
     planned = {holding.phase: holding for holding in holdings(small, process)}
     over: dict[str, int] = {}
     buffers = Buffers(work.place, device, Path.cwd())
-    if work.recipe.needs:
+    if work.passes:
         steps = [time.perf_counter()]
         with Peak() as peak:
             gather(

@@ -97,10 +97,10 @@ def _write(buffer: bytes, directory: Path | None) -> None:
 
 def seconds(work: Work, rates: Rates, source_bytes: int, result_bytes: int) -> dict[str, float]:
     """Of every phase by name; a tuning has none here."""
-    shape, recipe = work.shape, work.recipe
+    shape = work.shape
     files = 1 / rates.sha256 + 1 / rates.disk
     found = {"hashing the source": source_bytes / rates.sha256}
-    if recipe.needs:
+    if work.passes:
         found["collecting moments"] = shape.layers * (
             _layer_cast(work, rates) + work.windows * window_in_first_pass(work, rates)
         )
