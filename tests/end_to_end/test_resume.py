@@ -600,11 +600,13 @@ def test_killed_in_a_tuning_a_job_goes_on_at_its_step_to_the_same_bytes(
         assert done.returncode == 0, done.stderr
         return [step for name, step in json.loads(done.stdout) if name == phase]
 
-    assert taken(job(tmp_path / "whole")) == [*range(1, steps + 1)]
+    whole, out = tmp_path / "whole" / "out", tmp_path / "out"
+    whole.parent.mkdir()
+    assert taken(job(whole)) == [*range(1, steps + 1)]
     for kill in kills:
-        assert job(tmp_path / "out", phase, kill).returncode == -signal.SIGKILL
-    assert taken(job(tmp_path / "out")) == [*range(kills[-1] + 1, steps + 1)]
-    assert checkpoint_bytes(tmp_path / "out") == checkpoint_bytes(tmp_path / "whole")
+        assert job(out, phase, kill).returncode == -signal.SIGKILL
+    assert taken(job(out)) == [*range(kills[-1] + 1, steps + 1)]
+    assert checkpoint_bytes(out) == checkpoint_bytes(whole)
 
 
 def opened(process: int) -> set[str]:
