@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 from resq.measure.rows import read_rows
@@ -353,7 +353,10 @@ def quantizing() -> list[str]:
     lines = []
     for name, row in newest.items():
         seconds, against = (sorted(row[key])[len(row[key]) // 2] for key in ("seconds", "against"))
-        lines.append([name, row["plan"]["shape"], f"{seconds:.1f} s", f"{against:.1f} s", f"× {row['ratio']:.2f}"])
+        times = f"× {row['ratio']:.2f}"
+        if "ceiling" in row["about"]:
+            times += f" of × {median(row['about']['ceiling']):.2f} at most"
+        lines.append([name, row["plan"]["shape"], f"{seconds:.1f} s", f"{against:.1f} s", times])
     rows = list(newest.values())
     return [*table(["what", "sizes of", "took", "beside", "times as long"], lines), "", made_on(rows)]
 

@@ -308,7 +308,8 @@ def quantizing_timed(results: Sequence[QuantizingTimed]) -> None:
     for column in ("what", "seconds", "beside", "times as long"):
         table.add_column(column, justify="left" if column == "what" else "right")
     for result in results:
-        cells = f"{median(result.seconds):.3f}", f"{median(result.against):.3f}", f"× {result.ratio:.2f}"
+        most = "" if result.ceiling is None else f" of × {result.ceiling:.2f} at most here"
+        cells = f"{median(result.seconds):.3f}", f"{median(result.against):.3f}", f"× {result.ratio:.2f}{most}"
         table.add_row(result.name, *cells)
     out.print(table)
 

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from tests.conftest import run
 
+from resq import show
 from resq.backends.reference import dense
 from resq.errors import InputError
 from resq.measure import quantizing
-from resq.measure.quantizing import QuantizingPlan, checked, plain_forward, shortened, write_source
+from resq.measure.quantizing import (
+    QuantizingPlan,
+    Timed,
+    checked,
+    multiplying,
+    plain_forward,
+    shortened,
+    write_source,
+)
 from resq.measure.rows import read_rows
 from resq.measure.shapes import SHAPES
 from resq.models import decoder
@@ -75,8 +85,32 @@ def test_several_processes_are_timed_beside_one(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     row = read_rows(file)[-1]
     assert row["name"] == "one process beside 2"
+    (ceiling,) = row["about"].pop("ceiling")
+    assert ceiling > 0
     assert row["about"] == {"processes": 2, "windows": 64, "length": 512}
+    assert f"× {row['ratio']:.2f} of × {ceiling:.2f}" in done.stdout
     assert row["ratio"] == pytest.approx(row["seconds"][0] / row["against"][0])
+
+
+def test_processes_that_share_nothing_time_their_products_alone() -> None:
+    with multiplying(2, size=32, count=3) as multiplied:
+        for number in (1, 2, 1):
+            began = time.perf_counter()
+            found = multiplied(number)
+            assert len(found) == number
+            assert 0 < max(found) <= time.perf_counter() - began  # without the start of Python
+    with pytest.raises(InputError, match="a process that multiplies for --processes ended: RuntimeError"):
+        multiplying(1, size=-1).__enter__()
+
+
+def test_a_ceiling_stands_beside_a_ratio_that_has_one(capsys: pytest.CaptureFixture[str]) -> None:
+    plain = Timed("gptq", (2.0,), (1.0,), {})
+    shared = Timed("one process beside 2", (3.0, 3.0, 3.0), (2.0, 2.0, 2.0), {"ceiling": [1.2, 1.9, 1.6]})
+    assert (plain.ceiling, shared.ceiling) == (None, 1.6)
+    show.quantizing_timed([plain, shared])
+    said = capsys.readouterr().out
+    assert "× 1.50 of × 1.60 at most here" in said
+    assert said.count("at most") == 1
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2.5-0.5b", "qwen3-0.6b"])

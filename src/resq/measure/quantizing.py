@@ -10,7 +10,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ from resq.ptq.rounding.gptq import Gptq, factor
 from resq.ptq.rounding.nearest import scales
 from resq.ptq.statistics import gather, in_dtype
 
-# Size of the square product whose rate is that of products; tokens of the vocabulary; windows of each process.
-PRODUCT, VOCABULARY, SHARED_WINDOWS = 2048, 4096, 32
+# Size of the square product whose rate is that of products; tokens of the vocabulary; windows of each process; products
+# of each process that shares nothing.
+PRODUCT, VOCABULARY, SHARED_WINDOWS, INDEPENDENT = 2048, 4096, 32, 4
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class Timed:
     def ratio(self) -> float:
         """How many times as long as what it is held against: the median of the rounds' ratios."""
         return statistics.median(a / b for a, b in zip(self.seconds, self.against, strict=True))
+
+    @property
+    def ceiling(self) -> float | None:
+        """What the ratio could be at most on this machine, the median of the rounds; None where that is not known."""
+        return statistics.median(self.about["ceiling"]) if "ceiling" in self.about else None
 
     def row(self) -> dict[str, Any]:
         """For results/quantizing.jsonl."""
@@ -175,16 +182,19 @@ def time_pass(source: Source, recipe: Recipe, plan: QuantizingPlan, progress: Pr
 
 def time_processes(source: Path, plan: QuantizingPlan, progress: Progress) -> Timed:
     """One process of one thread beside several of one thread each that torchrun started, on the whole job of quantizing
-    `source`; seconds are the job's own, without the start of Python. Raises InputError when a run fails."""
+    `source`; seconds are the job's own, without the start of Python. `ceiling` of every round is what as many processes
+    reach that share nothing, for two cores may be one. Raises InputError when a run fails."""
     for file in embedded.model_directory().glob("tokenizer*"):
         shutil.copy(file, source / file.name)
     windows = SHARED_WINDOWS * plan.processes
     job = ["-m", "resq", "quantize", str(source), "--recipe", plan.recipe, "--calibration", embedded.TEXT, "--json"]
     job += ["--windows", str(windows), "--window-length", str(plan.length)]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={plan.processes}"]
-    seconds, against = [], []
-    with tempfile.TemporaryDirectory(prefix="resq-quantized-") as room:
+    seconds, against, ceiling = [], [], []
+    with tempfile.TemporaryDirectory(prefix="resq-quantized-") as room, multiplying(plan.processes) as multiplied:
         for number in range(plan.rounds):
+            alone, together = multiplied(1), multiplied(plan.processes)
+            ceiling.append(plan.processes * max(alone) / max(together))
             for into, start in ((seconds, []), (against, torchrun)):
                 out = Path(room) / f"{number}-{len(start)}"
                 done = subprocess.run(
@@ -199,8 +209,60 @@ def time_processes(source: Path, plan: QuantizingPlan, progress: Progress) -> Ti
                 into.append(json.loads(done.stdout)["seconds"])
                 shutil.rmtree(out)
             progress("processes", number + 1, plan.rounds)
-    about = {"processes": plan.processes, "windows": windows, "length": plan.length}
+    about = {"processes": plan.processes, "windows": windows, "length": plan.length, "ceiling": ceiling}
     return Timed(f"one process beside {plan.processes}", tuple(seconds), tuple(against), about)
+
+
+@contextmanager
+def multiplying(
+    processes: int, *, size: int = PRODUCT, count: int = INDEPENDENT
+) -> Iterator[Callable[[int], list[float]]]:
+    """So many processes of one thread that are started and wait; called with a number, so many of them begin at once
+    and each gives the seconds of its own `count` products of a square [size, size]. Raises InputError when one ends."""
+    program = f"from resq.measure.quantizing import multiply; multiply({size}, {count})"
+    with ExitStack() as held:
+        started = [
+            held.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", program],
+                    env={**os.environ, "OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            for _ in range(processes)
+        ]
+
+        def said(process: subprocess.Popen[str]) -> str:
+            assert process.stdout is not None
+            if not (line := process.stdout.readline()):
+                words = process.communicate()[1].strip().splitlines() or [f"exit code {process.returncode}"]
+                raise InputError(f"a process that multiplies for --processes ended: {words[-1]}")
+            return line
+
+        def multiplied(number: int) -> list[float]:
+            for process in started[:number]:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+            return [float(said(process)) for process in started[:number]]
+
+        for process in started:
+            said(process)
+        yield multiplied
+
+
+def multiply(size: int, count: int) -> None:
+    """What a process of `multiplying` does: says that it is there, and for each line that it reads the seconds of
+    `count` products of a float64 square [size, size], by one thread."""
+    torch.set_num_threads(1)
+    square = torch.randn(size, size, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    timed(lambda: square @ square)  # the first one finds everything cold
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(timed(lambda: [square @ square for _ in range(count)]), flush=True)
 
 
 @torch.no_grad()
