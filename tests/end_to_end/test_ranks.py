@@ -184,6 +184,33 @@ def test_when_a_process_is_killed_all_end_and_the_job_goes_on(
     assert [file.name for file in out.parent.iterdir()] == ["out"]
 
 
+# Leaving in order never ends while another process waits, as it is with nccl. `fails` says which rank does.
+FAILS = """
+import sys, time
+import torch, torch.distributed
+from resq.ptq.ranks import joined
+
+leave = torch.distributed.destroy_process_group
+torch.distributed.destroy_process_group = lambda: time.sleep(600) if fails else leave()
+fails = len(sys.argv) > 1
+with joined(torch.device("cpu")) as (ranks, _):
+    assert ranks.agree(True)
+    if fails and ranks.rank == int(sys.argv[1]):
+        raise SystemExit("trouble of its own")
+    ranks.gathered(ranks.rank)
+"""
+
+
+@pytest.mark.parametrize("fails", ["", "0", "1"])
+def test_a_process_that_fails_does_not_wait_for_those_that_wait_for_it(tmp_path: Path, fails: str) -> None:
+    ended = torchrun(2, tmp_path / "logs", [str(script(tmp_path, FAILS)), *([fails] if fails else [])])
+    assert ended.code == (1 if fails else 0), ended.log
+    if fails:
+        assert ended.said[int(fails)] == "trouble of its own\n"
+    else:
+        assert ended.said == ["", ""]
+
+
 def test_what_cannot_be_used_is_said_once(home: Path, tmp_path: Path) -> None:
     arguments = [*command(home, tmp_path / "out"), "--calibration", str(tmp_path / "nothing.txt")]
     ended = torchrun(2, tmp_path / "logs", ["-m", "resq", *arguments])

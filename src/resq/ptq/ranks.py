@@ -193,10 +193,20 @@ def joined(device: torch.device) -> Iterator[tuple[Ranks, torch.device]]:
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size()), device
     except BaseException:
-        _leave()  # the others wait for an answer
+        _abandon()  # the others wait for an answer
         raise
 
 
 def _leave() -> None:
+    """What a process does that is done, as all others are: with nccl it waits until what was begun is over."""
     if _dist().is_initialized():
         _dist().destroy_process_group()
+
+
+def _abandon() -> None:
+    """What a process does that failed while others may wait for it. Leaving in order would, with nccl, wait for an
+    exchange that never ends, and torchrun would not hear of the failure; aborting ends exchanges where they are. With
+    gloo either closes the connections, which the others see. Tested with gloo alone: nccl takes a card for each
+    process, and two were never at hand."""
+    if _dist().is_initialized():
+        _dist().distributed_c10d._abort_process_group()
