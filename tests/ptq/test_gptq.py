@@ -13,7 +13,7 @@ from resq.errors import InputError
 from resq.numerics.affine import symmetric_limits, symmetric_scale
 from resq.numerics.bands import Bands
 from resq.ptq.recipe import KEPT, InputMoments
-from resq.ptq.rounding.gptq import PANEL, Gptq, corrected, inverse_factor
+from resq.ptq.rounding.gptq import PANEL, Factor, Gptq, corrected, inverse_factor
 from resq.ptq.rounding.nearest import Nearest, scales
 
 CUTS = {
@@ -52,6 +52,12 @@ def plain_gptq(weight: Tensor, moment: Tensor, bands: Bands, scale: Tensor, damp
         weight[:, i + 1 :] -= error[:, None] * inverse[i, i + 1 :]
         inverse -= torch.outer(inverse[:, i], inverse[i]) / inverse[i, i]
     return integers
+
+
+def upper_factor(moment: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """U upper-triangular with U^T U = (H + λ I)^-1, and the damping."""
+    made = inverse_factor(InputMoments(moment), damping, order)
+    return (made.below.tril(-1) + made.pivots.diag()).T, made.damping
 
 
 def output_error(weight: Tensor, rounded: Tensor, moment: Tensor) -> float:
@@ -109,7 +115,6 @@ def test_rounding_leaves_its_arguments_as_they_were() -> None:
     before = [x.clone() for x in (weight, moment, bias)]
     for rounding in (Gptq(), Nearest()):
         rounding(weight, InputMoments(moment), CUTS["two-bands"], bias)
-    inverse_factor(moment.clone(), 0.01)
     assert all(torch.equal(x, kept) for x, kept in zip((weight, moment, bias), before, strict=True))
 
 
@@ -138,9 +143,8 @@ def test_damping_is_raised_until_the_moment_factorizes_and_is_reported(least: fl
     values = torch.full((size,), (size - least) / (size - 1), dtype=torch.float64)
     values[0] = least
     moment = turn @ torch.diag(values) @ turn.T
-    upper, damping = inverse_factor(moment, 0.01)
+    upper, damping = upper_factor(moment, 0.01)
     assert damping == pytest.approx(used)
-    assert torch.equal(upper, upper.triu())
     identity = torch.eye(size, dtype=torch.float64)
     torch.testing.assert_close(upper.T @ upper @ (moment + damping * identity), identity, rtol=0, atol=1e-10)
     weight = problem(0, size)[0]
@@ -155,9 +159,8 @@ def test_the_factor_of_a_nearly_singular_moment_is_as_good_as_its_condition_allo
     moment = inputs.T @ inputs
     damped = moment.clone()
     damped.diagonal().add_(1e-8 * moment.diagonal().mean())
-    upper, damping = inverse_factor(moment, 1e-8)
+    upper, damping = upper_factor(moment, 1e-8)
     assert damping == 1e-8
-    assert torch.equal(upper, upper.triu())
     explicit = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
     # A relative error of size · eps in L, backward, is one of size · eps · condition in its inverse's square.
     bound = size * torch.finfo(torch.float64).eps * float(torch.linalg.cond(damped))
@@ -168,15 +171,47 @@ def test_the_factor_of_a_nearly_singular_moment_is_as_good_as_its_condition_allo
 def test_a_factor_in_another_order_is_that_of_the_permuted_moment() -> None:
     moment = problem(0)[1]
     order = torch.randperm(96, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(inverse_factor(moment, 0.01, order)[0], inverse_factor(moment[order][:, order], 0.01)[0])
+    assert torch.equal(upper_factor(moment, 0.01, order)[0], upper_factor(moment[order][:, order], 0.01)[0])
+
+
+@pytest.mark.parametrize("size", [1, 96, PANEL + 3, 3 * PANEL])
+def test_sums_that_are_given_up_hold_their_first_factor_below_the_diagonal(size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    inputs, weight = (torch.randn(n, size, generator=generator, dtype=torch.float64) for n in (2 * size, 4))
+    moment = inputs.T @ inputs
+    order = torch.randperm(size, generator=generator)
+    for named in (None, order):
+        given = moment.clone()
+        moments = InputMoments(given, gives_up=True)
+        made, apart = inverse_factor(moments, 0.01, named), inverse_factor(InputMoments(moment), 0.01, named)
+        assert made.below is given
+        assert torch.equal(given.triu(), moment.triu())
+        assert torch.equal(made.below.tril(-1), apart.below.tril(-1))
+        assert torch.equal(made.pivots, apart.pivots)
+        # What is asked of the sums after that is as before; the next factor finds room elsewhere.
+        assert moments.energy(weight) == InputMoments(moment).energy(weight)
+        assert torch.equal(moments.entries(order, order[:7]), moment[order][:, order[:7]])
+        second = inverse_factor(moments, 0.1, named)
+        assert second.below is not given
+        assert torch.equal(made.below.tril(-1), apart.below.tril(-1))
+
+
+def test_sums_that_are_given_up_factorize_with_more_damping_as_well() -> None:
+    moment = problem(0)[1]
+    moment -= 1.5 * torch.linalg.eigvalsh(moment)[0] * torch.eye(len(moment), dtype=torch.float64)
+    least = torch.linalg.eigvalsh(moment)[0] / moment.diagonal().mean()
+    start = float(-least) / 2
+    made = inverse_factor(InputMoments(moment.clone(), gives_up=True), start)
+    assert made.damping == pytest.approx(10 * start)
+    assert torch.equal(made.below.tril(-1), inverse_factor(InputMoments(moment), 10 * start).below.tril(-1))
 
 
 def test_dead_inputs_do_not_change_the_damping_of_the_others() -> None:
     moment = problem(0)[1] * 1e-6
-    alone = inverse_factor(moment, 0.01)[0]
+    alone = upper_factor(moment, 0.01)[0]
     wide = torch.zeros(100, 100, dtype=torch.float64)
     wide[4:, 4:] = moment
-    upper = inverse_factor(wide, 0.01)[0]
+    upper = upper_factor(wide, 0.01)[0]
     torch.testing.assert_close(upper[4:, 4:], alone, rtol=1e-12, atol=0)
     assert not upper[:4, 4:].any()
 
@@ -184,7 +219,7 @@ def test_dead_inputs_do_not_change_the_damping_of_the_others() -> None:
 def test_what_depends_on_the_moments_alone_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
 
-    def counted(*arguments: Any) -> tuple[Tensor, float]:
+    def counted(*arguments: Any) -> Factor:
         made.append(arguments[1])
         return inverse_factor(*arguments)
 
@@ -217,7 +252,7 @@ def test_fewer_rows_than_columns_round_with_the_usual_damping() -> None:
 def test_a_moment_that_no_damping_helps_is_refused() -> None:
     moment = torch.diag(torch.tensor([1.0] * 7 + [-1e3], dtype=torch.float64))
     with pytest.raises(InputError, match="cannot be factorized even with damping 10;"):
-        inverse_factor(moment, 0.01)
+        inverse_factor(InputMoments(moment), 0.01)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -14,7 +14,7 @@ from resq.ptq.activations import Place
 from resq.ptq.ends import BLOCK
 from resq.ptq.recipe import Recipe, Statistic
 from resq.ptq.rounding import ROWS
-from resq.ptq.rounding.gptq import Gptq
+from resq.ptq.rounding.gptq import PANEL, Gptq
 
 # Bytes while a document is tokenized, per byte of it (8 MB, the embedded model's tokenizer; pieces of 40 MB for
 # 16, 524 and 2097 thousand tokens took 0.87 to 0.89 of both); per token that is kept until the last.
@@ -27,6 +27,8 @@ FITTED = 7
 DEQUANTIZED = 25
 # float64 [ROWS, in] while a block of rows is rounded, and as many more where it is corrected.
 BLOCKS, CORRECTED = 6, 4
+# float64 [PANEL, in] while a factor is made.
+PANELS = 3
 # float32 [tokens, F] of the MLP at once, where its activations are rounded too, and [tokens, H·h] of attention.
 MLP, MLP_ROUNDED, ATTENTION = 5, 8, 6
 
@@ -277,8 +279,9 @@ def _second_pass(work: Work) -> Iterator[Moment]:
             out, kept = sizes[role][0], recipe.rounding_of(0, role)
             sums, factors = {f"Hessians of {_input(point)}": kinds * square * recipe.needs_moment}, 0
             if isinstance(kept, Gptq):
-                factors = 2 if kept.corrects else 1
-                making = {"factors": (factors + 1) * square}
+                # One lies in the Hessian's own lower half.
+                factors = 1 if kept.corrects else 0
+                making = {"factors": factors * square + PANELS * 8 * PANEL * size}
                 yield Moment(f"factorizing for {role}", {**own, **layer, **sums, **making}, own_host)
             block = 8 * min(ROWS, out) * size * (BLOCKS + CORRECTED * recipe.corrects)
             after = {**own, **layer, **sums, "factors": factors * square}

@@ -226,10 +226,15 @@ def mirrored(total: Tensor) -> Tensor:
     width = panel_width(total.shape[-1])
     for start in range(0, total.shape[-1], width):
         panel, stop = slice(start, start + width), start + width
-        square = total[..., panel, panel].triu()
-        total[..., panel, panel] = square + square.triu(1).mT
+        total[..., panel, panel] = symmetric(total[..., panel, panel])
         total[..., stop:, panel] = total[..., panel, stop:].mT
     return total
+
+
+def symmetric(upper: Tensor) -> Tensor:
+    """The symmetric [..., n, n] of which only what lies on and above the diagonal is given."""
+    upper = upper.triu()
+    return upper + upper.triu(1).mT
 
 
 def panel_width(size: int) -> int:

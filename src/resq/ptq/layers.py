@@ -266,7 +266,8 @@ def input_moments(seen: Stream, wanted: Stream | None, point: Point, size: int, 
         if wanted is not None:
             cross.add_cross(number, x, wanted.input(point, number))
     total = flow.ranks.total(second.tree(), flow.leaves, size, device)
-    return InputMoments(total, None if wanted is None else flow.ranks.total(cross.tree(), flow.leaves, size, device))
+    crossed = None if wanted is None else flow.ranks.total(cross.tree(), flow.leaves, size, device)
+    return InputMoments(total, crossed, gives_up=True)
 
 
 def output_error(weight: Tensor, rounded: Tensor, moments: InputMoments | None) -> tuple[float, float]:

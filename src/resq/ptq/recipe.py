@@ -17,6 +17,7 @@ from resq.numerics.bands import Bands, Layout
 from resq.numerics.device import CPU
 from resq.numerics.linear import PackedLinear
 from resq.numerics.maps import LinearMap
+from resq.numerics.moments import symmetric
 from resq.progress import Progress
 from resq.ptq.clipping import ClipSearch
 from resq.ptq.precision import BAND_MULTIPLE, Precision, finest
@@ -157,13 +158,19 @@ class Basis(Protocol):
 class InputMoments:
     """Sums over the calibration inputs of a linear, float64 [in, in].
 
-    seen: Σ x̂ x̂^T of the inputs x̂ as the rounding sees them; cross: Σ x̂ x^T with the inputs x of the unrounded model,
-    None unless the rounding corrects.
+    seen: Σ x̂ x̂^T of the inputs x̂ as the rounding sees them, of which nothing below the diagonal is read; cross: Σ x̂ x^T
+    with the inputs x of the unrounded model, None unless the rounding corrects. gives_up: what lies below the diagonal
+    of `seen` may be overwritten, by what is made of these sums.
     """
 
     seen: Tensor
     cross: Tensor | None = None
+    gives_up: bool = False
     _kept: dict[Hashable, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _room: list[Tensor] = field(default_factory=list, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        self._room.extend([self.seen] if self.gives_up else [])
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` makes of these sums alone: made once for all linears and rows that ask for the same `key`, while
@@ -174,15 +181,25 @@ class InputMoments:
             self._kept[key] = make()
         return self._kept[key]
 
+    def room(self) -> Tensor:
+        """Float64 [in, in] with room below the diagonal, and nothing above it to be touched: `seen` itself for the
+        first who asks, where it is given up."""
+        return self._room.pop() if self._room else torch.empty_like(self.seen)
+
+    def entries(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Entries of the symmetric `seen` at rows int64 [k] and columns int64 [m], [k, m]."""
+        size, rows = len(self.seen), rows[:, None]
+        return self.seen.take(torch.minimum(rows, columns) * size + torch.maximum(rows, columns))
+
     def energy(self, weight: Tensor) -> float:
         """Σ ||W x̂||² = tr(W H W^T) of W float64 [out, in], H = Σ x̂ x̂^T: what a linear puts out, or a change of its
         weights. By panels of columns, so that of the symmetric H only half is multiplied."""
         total = weight.new_zeros(())
         for start in range(0, weight.shape[1], PANEL):
-            stop = start + PANEL
-            before = weight[:, :start] @ self.seen[:start, start:stop]
-            own = weight[:, start:stop] @ self.seen[start:stop, start:stop]
-            total += (before.mul_(2).add_(own) * weight[:, start:stop]).sum()
+            panel = slice(start, start + PANEL)
+            before = weight[:, :start] @ self.seen[:start, panel]
+            own = weight[:, panel] @ symmetric(self.seen[panel, panel])
+            total += (before.mul_(2).add_(own) * weight[:, panel]).sum()
         return float(total)
 
 

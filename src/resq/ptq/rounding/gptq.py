@@ -13,86 +13,119 @@ from resq.errors import InputError
 from resq.numerics.affine import round_symmetric
 from resq.numerics.bands import Bands
 from resq.numerics.linear import PackedLinear
+from resq.numerics.moments import symmetric
 from resq.ptq.recipe import InputMoments, Rounded
 from resq.ptq.rounding.nearest import scales
 
 # Damping is multiplied by this after a failed Cholesky factorization, at most this often (1 % → 1000 %).
 DAMPING_STEP, DAMPING_TRIES = 10.0, 4
-# Columns rounded one by one before the errors of all are taken to the next ones by a matrix product; and the size up to
-# which a matrix is factorized or inverted in one piece.
+# Columns rounded one by one before the errors of all are taken to the next ones by a matrix product; and rows that are
+# factorized or inverted in one piece.
 STRIP, PANEL = 16, 512
 
 
-def inverse_factor(moment: Tensor, damping: float, order: Tensor | None = None) -> tuple[Tensor, float]:
-    """Upper-triangular U with U^T U = (H + λ I)^-1, float64 [n, n], and the damping used; H is the moment, its rows and
-    columns in the order int64 [n] where one is given.
+@dataclass(frozen=True)
+class Factor:
+    """Lower-triangular V with V V^T = (H + λ I)^-1, float64.
+
+    below: [n, n], what of V lies below the diagonal; on and above it is something else. pivots: the diagonal of V, [n].
+    damping: λ as a share of the mean of diag H.
+    """
+
+    below: Tensor
+    pivots: Tensor
+    damping: float
+
+    def square(self, panel: slice) -> Tensor:
+        """The panel's rows and columns of V, lower-triangular [k, k]."""
+        return self.below[panel, panel].tril(-1) + self.pivots[panel].diag()
+
+    def put(self, panel: slice, lower: Tensor) -> None:
+        """Set them."""
+        self.pivots[panel] = lower.diagonal()
+        self.below[panel, panel] = self.below[panel, panel].triu() + lower.tril(-1)
+
+
+def inverse_factor(moments: InputMoments, damping: float, order: Tensor | None = None) -> Factor:
+    """V of H, the moment of the inputs as seen, with its rows and columns in the order int64 [n] where one is given.
 
     λ = damping · mean(diag H) over the inputs that are not dead (zero diagonal), raised stepwise while it cannot be
-    factorized. A dead input counts as an independent one of mean energy. Holds at most two further [n, n]. Raises
-    InputError when H is not finite or no damping helps.
+    factorized. A dead input counts as an independent one of mean energy. Takes the `room` of the moments and a few
+    panels of rows. Raises InputError when H is not finite or no damping helps.
 
-    With R R^T = H + λ I, R upper-triangular, U = R^-1: no inverse of H is formed. R is the Cholesky factor of H with
-    rows and columns reversed, itself reversed.
+    V^T is the upper factor that GPTQ walks along. With Q^T Q = H + λ I, Q lower-triangular, V = Q^-1: no inverse of H
+    is formed.
     """
-    diagonal = moment.diagonal() if order is None else moment.diagonal()[order]
-    dead = diagonal == 0
-    mean = diagonal[~dead].mean() if bool((~dead).any()) else diagonal.new_ones(())
-    plain = torch.where(dead, mean, diagonal).flip(0)
+    energy = moments.seen.diagonal().clone()
+    dead = energy == 0
+    mean = energy[~dead].mean() if bool((~dead).any()) else energy.new_ones(())
+    plain = torch.where(dead, mean, energy)
+    plain = plain if order is None else plain[order]
+    room = moments.room()
     for _ in range(DAMPING_TRIES):
-        turned = moment.flip(0, 1) if order is None else moment[order.flip(0)][:, order.flip(0)]
-        turned.diagonal().copy_(plain + damping * mean)
-        # Symmetric: the transposed one is laid out as LAPACK wants it.
-        lower = turned.mT
-        if bool(torch.isfinite(mean)) and factorize(lower):
-            invert_lower(lower)
-            return turned.flip(0, 1).mT, damping
-        if not all(torch.isfinite(rows).all() for rows in moment.split(PANEL)):
+        made = Factor(room, torch.empty_like(energy), damping)
+        if bool(torch.isfinite(mean)) and factorize(made, moments, plain + damping * mean, order):
+            invert(made)
+            return made
+        if not all(torch.isfinite(moments.seen[panel, panel.start :].triu()).all() for panel in panels(len(energy))):
             raise InputError(
                 "the calibration moment holds NaN or Inf: an activation overflowed; check the source model"
             )
-        del turned, lower
         damping *= DAMPING_STEP
     raise InputError(
         f"the calibration moment cannot be factorized even with damping {damping / DAMPING_STEP:g}; use more windows"
     )
 
 
-def factorize(matrix: Tensor) -> bool:
-    """Lower-triangular L with L L^T = A in place of the symmetric A [n, n], of which what is on and below the diagonal
-    is read; False, and anything in its place, where A is not positive definite.
+def panels(size: int) -> list[slice]:
+    """`PANEL` at once."""
+    return [slice(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
 
-    By panels of columns, each of which first loses what the ones before explain of it: one long product a panel, faster
-    than MKL's factorization (3.0 s for 4.4 s at n = 8192 on one core of a Xeon with AVX-512).
+
+def factorize(into: Factor, moments: InputMoments, diagonal: Tensor, order: Tensor | None) -> bool:
+    """Q lower-triangular with Q^T Q = A in place of V: A is the moment in its order or in one int64 [n], with another
+    diagonal float64 [n]. False, and anything in its place, where A is not positive definite.
+
+    By panels of rows from the last, each of which first loses what those after explain of it: one long product a panel,
+    faster than MKL's factorization.
     """
-    size = matrix.shape[0]
-    for start in range(0, size, PANEL):
-        stop = min(start + PANEL, size)
-        if start:
-            matrix[start:, start:stop].addmm_(matrix[start:, :start], matrix[start:stop, :start].mT, alpha=-1)
-        square, below = matrix[start:stop, start:stop], matrix[stop:, start:stop]
-        lower, failed = torch.linalg.cholesky_ex(square)
+    index = torch.arange(len(diagonal), device=diagonal.device) if order is None else order
+    for panel in reversed(panels(len(diagonal))):
+        start, after = panel.start, into.below[panel.stop :]
+        square = moments.entries(index[panel], index[panel])
+        square.diagonal().copy_(diagonal[panel])
+        square.addmm_(after[:, panel].T, after[:, panel], alpha=-1)
+        # Rows and columns reversed, A = L L^T.
+        lower, failed = torch.linalg.cholesky_ex(square.flip(0, 1))
         if failed:
             return False
-        square.copy_(lower)
-        below.copy_(torch.linalg.solve_triangular(lower.mT, below, upper=True, left=False))
-        matrix[:start, start:stop] = 0.0
+        square = lower.mT.flip(0, 1)
+        into.put(panel, square)
+        rows = into.below[panel, :start]
+        rows.copy_(moments.seen[:start, panel].T if order is None else moments.entries(index[panel], index[:start]))
+        rows.addmm_(after[:, panel].T, after[:, :start], alpha=-1)
+        rows.copy_(inverse_of(square).T @ rows)
     return True
 
 
-def invert_lower(lower: Tensor) -> None:
-    """L^-1 in place of the lower-triangular L [n, n]: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1, C^-1]]."""
-    size = lower.shape[0]
-    if size <= PANEL:
-        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
-        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
-        return
-    half = size // 2
-    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
-    inner = torch.linalg.solve_triangular(first, below, upper=False, left=False)
-    below.copy_(torch.linalg.solve_triangular(last, inner, upper=False).neg_())
-    del inner
-    invert_lower(first)
-    invert_lower(last)
+def inverse_of(lower: Tensor) -> Tensor:
+    """L^-1 of a lower-triangular L [k, k]."""
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    return torch.linalg.solve_triangular(lower, identity, upper=False)
+
+
+def invert(factor: Factor) -> None:
+    """Q^-1 in place of the lower-triangular Q, by panels of rows: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1,
+    C^-1]] with A^-1 from the panels before."""
+    below, done = factor.below, list[tuple[slice, Tensor]]()
+    for panel in panels(len(factor.pivots)):
+        inverse = inverse_of(factor.square(panel))
+        for each, last in done:  # what it reads of this panel of B lies in and after the columns that it writes
+            own = below[panel, each] @ last
+            below[panel, each] = own.addmm_(below[panel, each.stop : panel.start], below[each.stop : panel.start, each])
+        below[panel, : panel.start] = (inverse @ below[panel, : panel.start]).neg_()
+        factor.put(panel, inverse)
+        done.append((panel, inverse))
 
 
 def corrected(weight: Tensor, moments: InputMoments, damping: float) -> Tensor:
@@ -104,24 +137,26 @@ def corrected(weight: Tensor, moments: InputMoments, damping: float) -> Tensor:
     arXiv 2504.02692, solved for real weights first).
     """
     assert moments.cross is not None
-    upper, _ = factor(moments, damping)
-    # By panels of rows: no difference of two [in, in] is held, and no zeros of U are multiplied.
+    made = factor(moments, damping)
+    # By panels of rows: no difference of two [in, in] is held, and no zeros of V are multiplied.
     right, half, change = (weight.new_empty(weight.shape[1], weight.shape[0]) for _ in range(3))
-    panels = [slice(start, start + PANEL) for start in range(0, weight.shape[1], PANEL)]
-    for panel in panels:
-        torch.mm(moments.cross[panel] - moments.seen[panel], weight.T, out=right[panel])
-    for panel in panels:
-        torch.mm(upper[panel, panel.start :], right[panel.start :], out=half[panel])
-    for panel in panels:
-        torch.mm(upper[: panel.stop, panel].T, half[: panel.stop], out=change[panel])
+    cuts = panels(weight.shape[1])
+    for panel in cuts:
+        own = symmetric(moments.seen[panel, panel])
+        seen = torch.cat([moments.seen[: panel.start, panel].T, own, moments.seen[panel, panel.stop :]], dim=1)
+        torch.mm(moments.cross[panel] - seen, weight.T, out=right[panel])
+    for panel in cuts:
+        torch.mm(made.square(panel).T, right[panel], out=half[panel])
+        half[panel].addmm_(made.below[panel.stop :, panel].T, right[panel.stop :])
+    for panel in cuts:
+        torch.mm(made.square(panel), half[panel], out=change[panel])
+        change[panel].addmm_(made.below[panel, : panel.start], half[: panel.start])
     return weight + change.T
 
 
-def factor(
-    moments: InputMoments, damping: float, order: Tensor | None = None, key: Hashable = None
-) -> tuple[Tensor, float]:
-    """`inverse_factor` of the inputs as seen, made once for all that share them; `key` names the order."""
-    return moments.once(("factor", damping, key), lambda: inverse_factor(moments.seen, damping, order))
+def factor(moments: InputMoments, damping: float, order: Tensor | None = None, key: Hashable = None) -> Factor:
+    """`inverse_factor`, made once for all that share the inputs; `key` names the order."""
+    return moments.once(("factor", damping, key), lambda: inverse_factor(moments, damping, order))
 
 
 @dataclass(frozen=True)
@@ -162,13 +197,13 @@ class Gptq:
             target = corrected(target, moments, self.correction)
         scale = scales(target, bands, clip_search=self.clip_search)
         order = self.order(moments.seen, bands)
-        upper, damping = factor(moments, self.damping, order, key=None if order is None else bands)
+        made = factor(moments, self.damping, order, key=None if order is None else bands)
         # The weights of dead inputs are rounded as zeros.
         columns = torch.where(moments.seen.diagonal() == 0, 0.0, target)
-        integers = self.integers(columns if order is None else columns[:, order], upper, scale, bands)
+        integers = self.integers(columns if order is None else columns[:, order], made, scale, bands)
         if order is not None:
             integers = integers[:, order.argsort()]
-        return Rounded(PackedLinear.from_integers(integers, scale, bands, bias), target, damping)
+        return Rounded(PackedLinear.from_integers(integers, scale, bands, bias), target, made.damping)
 
     def order(self, moment: Tensor, bands: Bands) -> Tensor | None:
         """The columns in the order in which they are rounded, int64 [in]; None for the natural one."""
@@ -177,21 +212,21 @@ class Gptq:
         energy = torch.diagonal(moment)
         return torch.cat([cut.start + energy[cut].argsort(descending=True, stable=True) for cut in bands.slices()])
 
-    def integers(self, weight: Tensor, upper: Tensor, scale: Tensor, bands: Bands) -> Tensor:
-        """Integers int8 [out, in]; weight and U in the order of rounding."""
+    def integers(self, weight: Tensor, made: Factor, scale: Tensor, bands: Bands) -> Tensor:
+        """Integers int8 [out, in]; weight and factor in the order of rounding."""
         # Columns as rows, so that the loop walks contiguous memory. A column that was rounded holds its error from then
         # on, and what the errors change in a column is subtracted when its block, its strip and itself come: each entry
         # is written four times in all, and most products are of matrices.
         columns = weight.T.clone(memory_format=torch.contiguous_format)
         steps = scale.T.to(torch.float64, memory_format=torch.contiguous_format)
         band_of = [(index, band.bits) for index, band in enumerate(bands) for _ in range(band.size)]
-        pivots = upper.diagonal().tolist()
+        below, pivots = made.below, made.pivots.tolist()
         integers = torch.empty_like(columns, dtype=torch.int8)
 
         def settle(start: int, stop: int, since: int) -> None:
             """Subtract from columns start … stop - 1 what the errors of since … start - 1 change in them."""
             if since < start:
-                columns[start:stop].addmm_(upper[since:start, start:stop].T, columns[since:start], alpha=-1)
+                columns[start:stop].addmm_(below[start:stop, since:start], columns[since:start], alpha=-1)
 
         for start in range(0, bands.size, self.block):
             stop = min(start + self.block, bands.size)
@@ -202,7 +237,7 @@ class Gptq:
                 for i in range(first, last):
                     column, (band, bits) = columns[i], band_of[i]
                     if i > first:
-                        column.addmv_(columns[first:i].T, upper[first:i, i], alpha=-1)
+                        column.addmv_(columns[first:i].T, below[i, first:i], alpha=-1)
                     q = round_symmetric(column, steps[band], bits)
                     integers[i] = q
                     column.addcmul_(q, steps[band], value=-1).div_(pivots[i])
