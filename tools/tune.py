@@ -86,7 +86,7 @@ def losses(recipe: Recipe, model: str) -> dict[str, float]:
     source, tokens, held, base = given(model)
     shape, ops = source.shape, dense(torch.float32)
     moments = collect(source, ops, tokens, recipe.needs, silent)
-    maps, _ = tuned_maps(source, Job(recipe, tokens, ROUNDING_WINDOWS, 0, keep_tied=True), moments, silent)
+    maps = tuned_maps(source, Job(recipe, tokens, ROUNDING_WINDOWS, 0, keep_tied=True), moments, silent).maps
     placement = Placement(shape, maps, recipe.precision, recipe.folds_norms)
     ends = placement.ends(source.ends(), keep_tied=True)
     table = ends.embed.to(torch.bfloat16)

@@ -206,9 +206,9 @@ class Position:
 
 
 def _described(at: At, map: LinearMap) -> dict[str, Any]:
-    """A map as plain containers and tensors."""
+    """A map as plain containers and tensors, on any device."""
     fields = {name: asdict(value) if isinstance(value, HadamardPlan) else value for name, value in vars(map).items()}
-    return {"site": str(at.site), "layer": at.layer, "kind": map.kind, "fields": moved(fields, CPU)}
+    return {"site": str(at.site), "layer": at.layer, "kind": map.kind, "fields": fields}
 
 
 def _restored(entry: Mapping[str, Any]) -> LinearMap:
