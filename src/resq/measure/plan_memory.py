@@ -23,7 +23,7 @@ TOKENIZED, PER_TOKEN = 172, 40
 LIBRARIES = 40 << 20
 # [n, n] float64 that fitting one basis of n coordinates takes: moment, argument, vectors, LAPACK's two, their signs.
 FITTED = 7
-# Bytes of a weight while it goes from integers to the float64 that the windows then run through.
+# Bytes of a weight while a block of rows goes from integers to float64.
 DEQUANTIZED = 25
 # float64 [ROWS, in] while a block of rows is rounded, and as many more where it is corrected.
 BLOCKS, CORRECTED = 6, 4
@@ -286,7 +286,8 @@ def _second_pass(work: Work) -> Iterator[Moment]:
             block = 8 * min(ROWS, out) * size * (BLOCKS + CORRECTED * recipe.corrects)
             after = {**own, **layer, **sums, "factors": factors * square}
             yield Moment(f"rounding {role}", {**after, "rows being rounded": block}, own_host)
-            yield Moment(f"unpacking {role}", {**after, "one linear unpacked": DEQUANTIZED * out * size}, own_host)
+            unpacked = {"one linear unpacked": (4 * out + DEQUANTIZED * min(ROWS, out)) * size}
+            yield Moment(f"unpacking {role}", {**after, **unpacked}, own_host)
             left.remove(role)
             done.append(role)
             # The group's first weight stays until its last is rounded.

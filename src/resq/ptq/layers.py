@@ -85,12 +85,11 @@ class Stream:
 
     def put(self, role: Role, linear: Linear, bias: Tensor | None) -> None:
         """Run on with this weight, in the dtype of the operators; bias: the one before it was stored."""
-        kept, dtype = None if bias is None else bias.to(self.ops.dtype), self.ops.dtype
-        if isinstance(linear, PackedLinear):
-            blocks = (linear.rows(cut).dequantize(torch.float64).to(dtype) for cut in blocks_of_rows(linear.shape[0]))
-            self.layer.linears[role] = DenseLinear(torch.cat(list(blocks)), kept)
-        else:
-            self.layer.linears[role] = DenseLinear(linear.weight.to(torch.float64).to(dtype), kept)
+        weight = torch.empty(linear.shape, dtype=self.ops.dtype, device=self.ops.device)
+        for cut in blocks_of_rows(linear.shape[0]):
+            packed = isinstance(linear, PackedLinear)
+            weight[cut] = linear.rows(cut).dequantize(torch.float64) if packed else linear.weight[cut]
+        self.layer.linears[role] = DenseLinear(weight, None if bias is None else bias.to(self.ops.dtype))
 
     def advance(self, point: Point) -> None:
         """Pass the group that reads `point`."""
