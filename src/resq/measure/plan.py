@@ -14,7 +14,7 @@ import torch
 
 from resq.checkpoint.manifest import FileEntry
 from resq.errors import InputError
-from resq.measure.plan_memory import Holding, Work, holdings
+from resq.measure.plan_memory import Holding, Work, holdings, maps
 from resq.measure.plan_size import Size, sized, source_bytes
 from resq.measure.plan_time import Rates, measured, seconds
 from resq.models.architecture import Architecture, Shape, architecture_for
@@ -322,8 +322,8 @@ def disk(work: Work, result: int) -> dict[str, int]:
     sums = 8 * Leaves(work.windows).count * shape.hidden**2 if residual else 0
     found = {"checkpoint": result}
     # The one saved before is there until the next one is whole.
-    if resumable := 2 * max(first + sums, rounded):
-        found["states to resume from"] = resumable
+    if resumable := 2 * (max(first + sums, rounded) + maps(work)):
+        found["states and maps to resume from"] = resumable
     if work.place is Place.DISK:
         found["activations"] = max(first, rounded + attended)
     return found
