@@ -16,9 +16,10 @@ import torch
 from pydantic import TypeAdapter
 from safetensors.torch import load_file, save_file
 
-from resq.api import DEFAULT_WINDOWS, chosen_recipe, quantize
+from resq.api import quantize
 from resq.backends.backend import wait
 from resq.durable import beside
+from resq.inputs import DEFAULT_WINDOWS, chosen_recipe
 from resq.measure.ledger import Ledger, ledger
 from resq.measure.perplexity import Interval, Streamed, open_streamed, perplexity
 from resq.measure.rows import provenance, write_json

@@ -32,10 +32,10 @@ from pydantic import ValidationError
 
 from resq import embedded
 from resq._version import __version__
-from resq.api import DEFAULT_LENGTH
 from resq.cases import BASE, ROW, Case, Job, Plan, Row, make_base, make_case, measure, scores_of
 from resq.checkpoint.manifest import FORMAT_VERSION
 from resq.errors import InputError
+from resq.inputs import DEFAULT_LENGTH
 from resq.measure.perplexity import Interval, open_streamed, paired_interval
 from resq.measure.rows import provenance, write_json, write_rows
 from resq.measure.windows import check_windows

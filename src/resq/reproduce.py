@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from resq import embedded
-from resq.api import calibrate, chosen_device, made_by, quantize
+from resq.api import calibrate, made_by, quantize
 from resq.checkpoint.files import CheckpointReader
 from resq.checkpoint.manifest import CalibrationEntry, Manifest
 from resq.durable import sha256_of
 from resq.errors import InputError
+from resq.inputs import chosen_device
 from resq.measure.differences import CARD_FILE, Differences, differences
 from resq.models.source import Source, locate
 from resq.models.text import load_tokenizer, sampled_windows, text_sha256

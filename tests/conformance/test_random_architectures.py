@@ -16,10 +16,10 @@ from tests.conftest import Kept, brief, float64_logits, make_checkpoint
 from torch import Tensor
 
 import resq
-from resq.api import chosen_recipe
 from resq.backends.reference import REFERENCE, dense
 from resq.checkpoint.files import EndParts, Parts
 from resq.checkpoint.writer import CheckpointWriter
+from resq.inputs import chosen_recipe
 from resq.measure.ledger import ledger
 from resq.models.architecture import Role, _described
 from resq.models.rope import _KINDS

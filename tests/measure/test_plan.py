@@ -15,9 +15,10 @@ import pytest
 from tests.conftest import make_checkpoint, run
 
 import resq
-from resq.api import calibrate, chosen_recipe
+from resq.api import calibrate
 from resq.checkpoint.manifest import FileEntry
 from resq.errors import InputError
+from resq.inputs import chosen_recipe
 from resq.measure.ledger import ledger
 from resq.measure.plan import Asked, Machine, check_statistics, described, logged, planned
 from resq.measure.plan_memory import TOKENIZED, Work, holdings, nodes
@@ -39,15 +40,15 @@ RUN = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-from resq import api
+from resq import api, inputs
 from resq.measure.plan import Asked, described, logged, planned
 from resq.processes import Peak, return_blocks
 from resq.ptq.activations import Place
 
 source, out, recipe, windows, rounding, length, place, text, file = sys.argv[1:]
 return_blocks()
-asked = Asked(api.chosen_recipe(recipe, None, None), int(windows), int(rounding), int(length), activations=Place(place),
-              collected=bool(file))
+asked = Asked(inputs.chosen_recipe(recipe, None, None), int(windows), int(rounding), int(length),
+              activations=Place(place), collected=bool(file))
 plan = planned(described(source), asked)
 with Peak() as peak:
     api.quantize(source, out, recipe=recipe, calibration=[text], windows=int(windows), window_length=int(length),
@@ -159,7 +160,7 @@ def test_tensors_that_do_not_belong_are_refused_before_anything_is_read(tmp_path
 
 def test_what_does_not_fit_says_what_to_change(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "model")
-    options: dict[str, Any] = {"windows": 4096, "window_length": 256}
+    options: dict[str, Any] = {"windows": 4096, "rounding_windows": 4096, "window_length": 256}
     roomy = plan_of(directory, **options)
     assert roomy.fits
     assert not roomy.advice
@@ -207,7 +208,12 @@ def test_a_statistics_file_takes_the_place_of_the_first_pass(collected: tuple[Pa
 
 
 def test_advice_leaves_a_statistics_files_windows_alone(collected: tuple[Path, Path, Header]) -> None:
-    options: dict[str, Any] = {"windows": 4096, "window_length": 256, "machine": replace(ROOM, memory=GB // 4)}
+    options: dict[str, Any] = {
+        "windows": 4096,
+        "rounding_windows": 4096,
+        "window_length": 256,
+        "machine": replace(ROOM, memory=GB // 4),
+    }
     plans = [plan_of(collected[0], collected=each, **options) for each in (False, True)]
     changes = [{change for change, _, _ in plan.advice} for plan in plans]
     assert any("--windows" in change for change in changes[0])

@@ -26,11 +26,11 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint as rerun
 
 import resq
-from resq.api import chosen_device
 from resq.backends.backend import Backend
 from resq.backends.reference import REFERENCE, dense, reference
 from resq.checkpoint.files import CheckpointReader
 from resq.errors import InputError
+from resq.inputs import chosen_device
 from resq.models import decoder
 from resq.models.architecture import Role
 from resq.models.source import Source

@@ -120,23 +120,22 @@ def plan_of(
     batch: int = 1,
 ) -> Plan:
     """The plan of what is typed."""
-    from resq import api
+    from resq import inputs
     from resq.measure.plan import Asked, check_statistics, described, planned
     from resq.ptq.statistics_file import read_header
 
-    chosen, place = api.chosen_recipe(recipe, bits, head_bits), api.chosen_device(device)
-    kept_at, model = api.chosen_activations(activations), described(source)
+    chosen, place = inputs.chosen_recipe(recipe, bits, head_bits), inputs.chosen_device(device)
+    kept_at, model = inputs.chosen_activations(activations), described(source)
     if statistics is not None:
         header = read_header(statistics)
-        windows, window_length = api.windows_of(str(statistics), header, chosen, windows, window_length)
+        windows, window_length = inputs.windows_of(str(statistics), header, chosen, windows, window_length)
         check_statistics(str(statistics), header, model, chosen)
-    windows = api.DEFAULT_WINDOWS if windows is None else windows
     sizes = [(file.suffix == ".jsonl", file.stat().st_size) for file in calibration or () if file.is_file()]
     asked = Asked(
         recipe=chosen,
         windows=windows,
-        rounding_windows=min(api.DEFAULT_ROUNDING_WINDOWS, windows) if rounding_windows is None else rounding_windows,
-        window_length=min(api.DEFAULT_LENGTH, model.shape.max_positions) if window_length is None else window_length,
+        rounding_windows=rounding_windows,
+        window_length=window_length,
         untie=untie,
         device=place,
         activations=kept_at,

@@ -14,6 +14,7 @@ import torch
 
 from resq.checkpoint.manifest import FileEntry
 from resq.errors import InputError
+from resq.inputs import counted, counted_for_rounding, window_length
 from resq.measure.plan_memory import Holding, Work, holdings, maps
 from resq.measure.plan_size import Size, sized, source_bytes
 from resq.measure.plan_time import Rates, measured, seconds
@@ -45,7 +46,7 @@ class Asked:
     is not known; documents: of the largest .jsonl."""
 
     recipe: Recipe
-    windows: int
+    windows: int | None = None
     rounding_windows: int | None = None
     window_length: int | None = None
     untie: bool = False
@@ -236,25 +237,20 @@ def work_of(model: Model, asked: Asked) -> Work:
     """What is to be done. Raises InputError for sizes, windows and precisions that cannot be."""
     shape, recipe = model.shape, asked.recipe
     check_sizes(recipe, shape)
-    if asked.windows < 1:
-        raise InputError(f"--windows is {asked.windows}; at least 1 is needed")
-    rounding = asked.windows if asked.rounding_windows is None else asked.rounding_windows
-    if not 1 <= rounding <= asked.windows:
-        raise InputError(f"--rounding-windows {rounding} must lie in 1 … {asked.windows}, the number of --windows")
-    length = shape.max_positions if asked.window_length is None else asked.window_length
-    if not 2 <= length <= shape.max_positions:
-        raise InputError(f"--window-length {length} must lie in 2 … {shape.max_positions}, the model's context")
+    windows = counted(asked.windows)
+    rounding = counted_for_rounding(asked.rounding_windows, windows)
+    length = window_length(asked.window_length, shape.max_positions)
     if asked.batch < 1 or (asked.context is not None and not 1 <= asked.context <= shape.max_positions):
         raise InputError(
             f"--batch {asked.batch} and --context {asked.context} must be at least 1, the second at most "
             f"{shape.max_positions}, the model's context"
         )
     for basis in recipe.basis:
-        basis.check(shape, asked.windows * length)
+        basis.check(shape, windows * length)
     return Work(
         shape=shape,
         recipe=recipe,
-        windows=asked.windows,
+        windows=windows,
         rounding_windows=rounding,
         length=length,
         place=asked.activations,

@@ -13,11 +13,11 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from resq.api import DEFAULT_LENGTH, DEFAULT_ROUNDING_WINDOWS, chosen_recipe
 from resq.backends.reference import dense
 from resq.cases import Case as Compared
 from resq.compare import calibration_files, identity
 from resq.errors import InputError
+from resq.inputs import DEFAULT_LENGTH, DEFAULT_ROUNDING_WINDOWS, chosen_recipe
 from resq.measure.diagnose.attribution import Attribution, attribute
 from resq.measure.diagnose.histograms import Distribution, distributions
 from resq.measure.diagnose.massive import LayerOutliers, massive_activations
