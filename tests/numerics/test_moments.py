@@ -9,10 +9,12 @@ from resq.numerics.moments import (
     PANEL,
     LeafSums,
     Leaves,
+    MomentSum,
     Tree,
     TreeSum,
     add_second_moment,
     eigenbasis,
+    half,
     mirrored,
     second_moment,
     subtrees,
@@ -53,10 +55,10 @@ def test_the_second_moment_is_taken_in_float64() -> None:
 def test_heads_are_summed_apart() -> None:
     generator = torch.Generator().manual_seed(0)
     data = [torch.randn(3, 6, 4, generator=generator) for _ in range(11)]
-    total = added(data, Leaves(11)).total()
+    total = leaf_sum(data, Leaves(11))
     assert total.shape == (3, 4, 4)
     for head in range(3):
-        assert torch.equal(total[head], added([window[head] for window in data], Leaves(11)).total())
+        assert torch.equal(total[head], leaf_sum([window[head] for window in data], Leaves(11)))
 
 
 # Sums over windows that come once.
@@ -67,8 +69,16 @@ def added(data: list[torch.Tensor], leaves: Leaves, first: int = 0, stop: int | 
     start, end = leaves.span(first, leaves.count if stop is None else stop)
     total = TreeSum(leaves, first)
     for number, window in enumerate(data[start:end]):
-        total.add(number, window)
+        total.add(number, window, window)
     return total
+
+
+def leaf_sum(data: list[torch.Tensor], leaves: Leaves) -> torch.Tensor:
+    """The sum by leaves that are all held."""
+    sums = LeafSums(leaves.size)
+    for number, window in enumerate(data):
+        sums.add(number, window)
+    return sums.tree(0).total()
 
 
 @every_count
@@ -82,13 +92,9 @@ def test_the_total_is_the_plain_float64_sum(count: int) -> None:
 
 
 @every_count
-def test_a_run_cut_at_leaves_and_joined_has_the_bits_of_one_and_of_leaf_sums(count: int) -> None:
+def test_a_run_cut_at_leaves_and_joined_has_the_bits_of_one(count: int) -> None:
     data, leaves = windows(count), Leaves(count)
     whole = added(data, leaves).total()
-    sums = LeafSums(leaves.size)
-    for number, window in enumerate(data):
-        sums.add(number, window)
-    assert torch.equal(sums.tree(0).total(), whole)
     for of in range(1, leaves.count + 1):
         for owns in (False, True):
             joined = Tree(owns=owns)
@@ -101,13 +107,34 @@ def test_a_run_cut_at_leaves_and_joined_has_the_bits_of_one_and_of_leaf_sums(cou
             assert torch.equal(joined.total(), whole)
 
 
+@pytest.mark.parametrize("size", [1, 5, PANEL, PANEL + 1, 2 * PANEL + 3])
+@pytest.mark.parametrize("count", [1, 9, 29])
+def test_sums_by_panels_have_the_bits_of_leaf_sums(count: int, size: int) -> None:
+    data, leaves = windows(count, size=size), Leaves(count)
+    shapes, sums = list[tuple[int, int]](), MomentSum(size, leaves)
+
+    def summed(tree: Tree, shape: tuple[int, int]) -> torch.Tensor:
+        shapes.append(shape)
+        assert all(tuple(node.total.shape) == shape for node in tree.nodes)
+        return tree.total()
+
+    for number, window in enumerate(data):
+        sums.add(number, window)
+    assert torch.equal(sums.total(torch.device("cpu"), summed), leaf_sum(data, leaves))
+    assert sum(rows * columns for rows, columns in shapes) == half(size)
+
+
+def test_sums_by_panels_hold_little_more_than_half() -> None:
+    assert half(14336) <= 0.54 * 14336**2
+
+
 @every_count
 def test_a_cross_moment_has_the_same_tree(count: int) -> None:
     left, right, leaves = windows(count), windows(count, size=3), Leaves(count)
     both = [torch.cat(pair, dim=1) for pair in zip(left, right, strict=True)]
     total = TreeSum(leaves)
     for number, (x, y) in enumerate(zip(left, right, strict=True)):
-        total.add_cross(number, x, y)
+        total.add(number, x, y)
     crossed, wide = total.total(), added(both, leaves).total()
     assert crossed.shape == (5, 3)
     assert (crossed - wide[:5, 5:]).abs().max() <= 1e-13 * wide.diagonal().max()
@@ -137,16 +164,14 @@ def test_added_windows_are_not_written(dtype: torch.dtype) -> None:
 def test_windows_come_once_and_in_order() -> None:
     data = windows(20)
     total = TreeSum(Leaves(20), 1)
-    total.add(0, data[0])
+    total.add(0, data[0], data[0])
     for wrong in (0, 2, 9):
-        with pytest.raises(ValueError, match=rf"window 1 is next, .*got {wrong}$"):
-            total.add(wrong, data[wrong])
-    with pytest.raises(ValueError, match=r"window 1 is next, with a second moment"):
-        total.add_cross(1, data[0], data[1])
+        with pytest.raises(ValueError, match=rf"window 1 is next .*got {wrong}$"):
+            total.add(wrong, data[wrong], data[wrong])
     for number in range(1, 12):
-        total.add(number, data[number])
+        total.add(number, data[number], data[number])
     with pytest.raises(ValueError, match=r"of 20; got 12$"):
-        total.add(12, data[12])
+        total.add(12, data[12], data[12])
 
 
 def test_a_run_that_stops_inside_a_leaf_or_has_no_window_has_no_total() -> None:
@@ -155,7 +180,7 @@ def test_a_run_that_stops_inside_a_leaf_or_has_no_window_has_no_total() -> None:
         total.total()
     total = TreeSum(Leaves(20))
     for number in range(12):
-        total.add(number, data[number])
+        total.add(number, data[number], data[number])
     with pytest.raises(ValueError, match="stops at window 12 of 20, inside a leaf of 8"):
         total.total()
 

@@ -8,7 +8,7 @@ from math import prod
 
 from resq.models.architecture import READERS, Point, Role, Shape, Site
 from resq.models.text import OVERSAMPLED, PIECE, WHOLE
-from resq.numerics.moments import Leaves
+from resq.numerics.moments import Leaves, half
 from resq.numerics.packing import packed_bytes
 from resq.ptq.activations import Place
 from resq.ptq.ends import BLOCK
@@ -138,7 +138,7 @@ class Holding:
 
 
 def nodes(windows: int) -> int:
-    """The most [n, n] that a tree of so many windows holds while they come one after the other."""
+    """The most sums that a tree of so many windows holds while they come one after the other."""
     return max(number.bit_count() + 1 for number in range(Leaves(windows).count)) if windows else 0
 
 
@@ -273,7 +273,7 @@ def _second_pass(work: Work) -> Iterator[Moment]:
         # The input of the window before is there until the next is made.
         window = 4 * length * (mlp + size + 2 * d) if point is Point.DOWN_IN else 4 * length * (4 * size + 3 * d)
         if recipe.needs_moment:
-            tree = {f"Hessians of {_input(point)}": kinds * nodes(count) * square}
+            tree = {f"Hessians of {_input(point)}": nodes(count) * (8 * half(size) + (kinds - 1) * square)}
             yield Moment(f"moments of {_input(point)}", {**own, **layer, **tree, "one window": window}, own_host)
         for role in roles:
             out, kept = sizes[role][0], recipe.rounding_of(0, role)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,10 +143,10 @@ class LeafSums:
 
 
 class TreeSum:
-    """State: the sum over a run of whole leaves whose windows come once and in order, numbered from the first of the
-    run: the bits of `LeafSums`, holding one matrix for the leaf under way and at most log2(leaves) for those before.
+    """State: the sum of X^T Y over a run of whole leaves whose windows come once and in order, numbered from the first
+    of the run; holds one matrix for the leaf under way and at most log2(leaves) for those before.
 
-    Takes either second moments or cross moments. `tree` and `total` give the sums away; nothing can be added after.
+    `tree` and `total` give the sums away; nothing can be added after.
     """
 
     def __init__(self, leaves: Leaves, first_leaf: int = 0) -> None:
@@ -154,23 +155,19 @@ class TreeSum:
         self._first = self._window
         self._tree = Tree(owns=True)
         self._leaf: Tensor | None = None
-        self._symmetric: bool | None = None
 
-    def add(self, window: int, x: Tensor) -> None:
-        """Add X^T X of the next window's x [..., tokens, n]."""
-        self._begin(window, symmetric=True)
-        if self._leaf is None:
-            self._leaf = no_moment(x)
-        add_second_moment(self._leaf, x)
-        self._end()
-
-    def add_cross(self, window: int, x: Tensor, y: Tensor) -> None:
-        """Add X^T Y of the next window's x [tokens, n] and y [tokens, m]."""
-        self._begin(window, symmetric=False)
+    def add(self, window: int, x: Tensor, y: Tensor) -> None:
+        """Add X^T Y of the next window's x [tokens, n] and y [tokens, m], taken in float64."""
+        wanted = self._window - self._first
+        if window != wanted or self._window == self.leaves.windows:
+            raise ValueError(f"window {wanted} is next of {self.leaves.windows}; got {window}")
         if self._leaf is None:
             self._leaf = x.new_zeros(x.shape[-1], y.shape[-1], dtype=torch.float64)
         self._leaf.addmm_(x.to(torch.float64).mT, y.to(torch.float64))
-        self._end()
+        self._window += 1
+        if self._window % self.leaves.size == 0 or self._window == self.leaves.windows:
+            self._tree.push(Node(0, (self._window - 1) // self.leaves.size, self._leaf))
+            self._leaf = None
 
     def tree(self) -> Tree:
         """The tree of the run's leaves, to be pushed node by node to that of the leaves before. Raises ValueError where
@@ -187,20 +184,29 @@ class TreeSum:
         """The sum over the windows added, float64; as `tree` otherwise."""
         return self.tree().total()
 
-    def _begin(self, window: int, *, symmetric: bool) -> None:
-        wanted = self._window - self._first
-        if window != wanted or self._window == self.leaves.windows or self._symmetric not in (None, symmetric):
-            kind = {None: "any", True: "a second", False: "a cross"}[self._symmetric]
-            raise ValueError(f"window {wanted} is next, with {kind} moment, of {self.leaves.windows}; got {window}")
-        self._symmetric = symmetric
 
-    def _end(self) -> None:
-        self._window += 1
-        if self._window % self.leaves.size == 0 or self._window == self.leaves.windows:
-            assert self._leaf is not None
-            total = mirrored(self._leaf) if self._symmetric else self._leaf
-            self._tree.push(Node(0, (self._window - 1) // self.leaves.size, total))
-            self._leaf = None
+class MomentSum:
+    """State: the sum of X^T X over a run as in `TreeSum`, to the bits of `LeafSums`, by panels of rows from the
+    diagonal on: half of what whole matrices would hold."""
+
+    def __init__(self, size: int, leaves: Leaves, first_leaf: int = 0) -> None:
+        self.size = size
+        self._sums = {panel.start: TreeSum(leaves, first_leaf) for panel in panels(size)}
+
+    def add(self, window: int, x: Tensor) -> None:
+        """Add X^T X of the next window's x [tokens, n], taken in float64."""
+        x = x.to(torch.float64)
+        for panel in panels(self.size):
+            self._sums[panel.start].add(window, x[:, panel], x[:, panel.start :])
+
+    def total(self, device: torch.device, summed: Callable[[Tree, tuple[int, int]], Tensor]) -> Tensor:
+        """The sum float64 [n, n] on a device, exactly symmetric, each panel as `summed` from its tree of panels of this
+        shape; they are given up one by one. Raises ValueError as `TreeSum.tree`."""
+        found = torch.empty(self.size, self.size, dtype=torch.float64, device=device)
+        for panel in panels(self.size):
+            shape = (panel.stop - panel.start, self.size - panel.start)
+            found[panel, panel.start :] = summed(self._sums.pop(panel.start).tree(), shape)
+        return mirrored(found)
 
 
 def no_moment(x: Tensor) -> Tensor:
@@ -215,19 +221,16 @@ def add_second_moment(total: Tensor, x: Tensor) -> None:
         for head, part in zip(total.view(-1, *total.shape[-2:]), x.flatten(0, -3), strict=True):
             add_second_moment(head, part)
         return
-    x, width = x.to(torch.float64), panel_width(x.shape[-1])
-    for start in range(0, x.shape[-1], width):
-        panel = slice(start, start + width)
-        total[panel, start:].addmm_(x[:, panel].mT, x[:, start:])
+    x = x.to(torch.float64)
+    for panel in panels(x.shape[-1]):
+        total[panel, panel.start :].addmm_(x[:, panel].mT, x[:, panel.start :])
 
 
 def mirrored(total: Tensor) -> Tensor:
     """A sum of `add_second_moment` float64 [..., n, n], what lies above the diagonal copied to below, in place."""
-    width = panel_width(total.shape[-1])
-    for start in range(0, total.shape[-1], width):
-        panel, stop = slice(start, start + width), start + width
+    for panel in panels(total.shape[-1]):
         total[..., panel, panel] = symmetric(total[..., panel, panel])
-        total[..., stop:, panel] = total[..., panel, stop:].mT
+        total[..., panel.stop :, panel] = total[..., panel, panel.stop :].mT
     return total
 
 
@@ -237,9 +240,15 @@ def symmetric(upper: Tensor) -> Tensor:
     return upper + upper.triu(1).mT
 
 
-def panel_width(size: int) -> int:
-    """Columns of a panel of a moment [size, size]."""
-    return max(PANEL, -(-size // PANELS))
+def panels(size: int) -> list[slice]:
+    """Of the rows or columns of a moment [size, size]."""
+    width = max(PANEL, -(-size // PANELS))
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+
+
+def half(size: int) -> int:
+    """Entries of a moment [size, size] that a `MomentSum` holds."""
+    return sum((panel.stop - panel.start) * (size - panel.start) for panel in panels(size))
 
 
 def second_moment(x: Tensor) -> Tensor:

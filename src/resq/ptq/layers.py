@@ -20,7 +20,7 @@ from resq.numerics.device import CPU, moved
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
 from resq.numerics.maps import Dense, LinearMap
-from resq.numerics.moments import LEAF_WINDOWS, Leaves, TreeSum
+from resq.numerics.moments import LEAF_WINDOWS, Leaves, MomentSum, Tree, TreeSum
 from resq.progress import Progress, silent
 from resq.ptq.activations import Activations, Buffers
 from resq.ptq.clipping import ClipSearch
@@ -257,16 +257,19 @@ def clipped_inputs(
 
 def input_moments(seen: Stream, wanted: Stream | None, point: Point, size: int, flow: Flow) -> InputMoments:
     """Sums over all ranks' windows of the inputs, `size` coordinates, of the linears at `point`."""
-    leaves, device = flow.ranks.span(flow.leaves), seen.ops.device
-    second, cross = TreeSum(flow.leaves, leaves[0]), TreeSum(flow.leaves, leaves[0])
+    first, device = flow.ranks.span(flow.leaves)[0], seen.ops.device
+    second, cross = MomentSum(size, flow.leaves, first), TreeSum(flow.leaves, first)
     for number in range(len(seen.hidden)):
         x = seen.input(point, number)
         second.add(number, x)
         if wanted is not None:
-            cross.add_cross(number, x, wanted.input(point, number))
-    total = flow.ranks.total(second.tree(), flow.leaves, size, device)
-    crossed = None if wanted is None else flow.ranks.total(cross.tree(), flow.leaves, size, device)
-    return InputMoments(total, crossed, gives_up=True)
+            cross.add(number, x, wanted.input(point, number))
+
+    def summed(tree: Tree, shape: tuple[int, int]) -> Tensor:
+        return flow.ranks.total(tree, flow.leaves, shape, device)
+
+    crossed = None if wanted is None else summed(cross.tree(), (size, size))
+    return InputMoments(second.total(device, summed), crossed, gives_up=True)
 
 
 def output_error(weight: Tensor, rounded: Tensor, moments: InputMoments | None) -> tuple[float, float]:

@@ -96,13 +96,12 @@ class Ranks:
                 tree.push(Node((stop - first).bit_length() - 1, first, total))
         return tree
 
-    def total(self, tree: Tree, leaves: Leaves, size: int, device: torch.device) -> Tensor:
-        """The sum over all leaves, float64 [size, size] on `device` in all processes, from every rank's tree of its
+    def total(self, tree: Tree, leaves: Leaves, shape: tuple[int, int], device: torch.device) -> Tensor:
+        """The sum over all leaves, float64 of this shape on `device` in all processes, from every rank's tree of its
         own."""
         whole = self.summed(tree, leaves)
         if self.size == 1:
             return whole.total()
-        shape = (size, size)
         given = whole.total().contiguous() if self.first else torch.empty(shape, dtype=torch.float64, device=device)
         with talking(self):
             _dist().broadcast(given, src=0)
