@@ -349,14 +349,15 @@ def large() -> list[str]:
 
 
 def quantizing() -> list[str]:
-    newest = {row["name"]: row for row in read_rows(ROOT / "results" / "quantizing.jsonl")}
+    read = read_rows(ROOT / "results" / "quantizing.jsonl")
+    newest = {(row["name"], row["plan"]["shape"]): row for row in read}
     lines = []
-    for name, row in newest.items():
+    for (name, shape), row in newest.items():
         seconds, against = (sorted(row[key])[len(row[key]) // 2] for key in ("seconds", "against"))
         times = f"× {row['ratio']:.2f}"
         if "ceiling" in row["about"]:
             times += f" of × {median(row['about']['ceiling']):.2f} at most"
-        lines.append([name, row["plan"]["shape"], f"{seconds:.1f} s", f"{against:.1f} s", times])
+        lines.append([name, shape, f"{seconds:.1f} s", f"{against:.1f} s", times])
     rows = list(newest.values())
     return [*table(["what", "sizes of", "took", "beside", "times as long"], lines), "", made_on(rows)]
 
