@@ -19,27 +19,28 @@ def changed(value: T, change: Callable[[Tensor], Tensor]) -> T:
 
     A tensor that is met twice is changed once and stays one tensor; what holds no changed tensor is returned as it is.
     """
-    done: dict[int, Tensor] = {}
+    return _changed(value, change, {})
 
-    def walk(each: Any) -> Any:
-        if isinstance(each, Tensor):
-            if id(each) not in done:
-                done[id(each)] = change(each)
-            return done[id(each)]
-        if is_dataclass(each) and not isinstance(each, type):
-            before = {field.name: getattr(each, field.name) for field in fields(each) if field.init}
-            after = {name: walk(part) for name, part in before.items()}
-            return each if all(after[name] is before[name] for name in before) else replace(each, **after)
-        if isinstance(each, dict):
-            after = {key: walk(part) for key, part in each.items()}
-            return each if all(after[key] is each[key] for key in each) else after
-        if isinstance(each, (list, tuple)):
-            parts = [walk(part) for part in each]
-            same = all(new is old for new, old in zip(parts, each, strict=True))
-            return each if same else type(each)(parts)
-        return each
 
-    return walk(value)
+def _changed(each: Any, change: Callable[[Tensor], Tensor], done: dict[int, Tensor]) -> Any:
+    """No function inside `changed` that calls itself: it would be in a cycle with `done`, and the tensors there until
+    garbage is collected."""
+    if isinstance(each, Tensor):
+        if id(each) not in done:
+            done[id(each)] = change(each)
+        return done[id(each)]
+    if is_dataclass(each) and not isinstance(each, type):
+        before = {field.name: getattr(each, field.name) for field in fields(each) if field.init}
+        after = {name: _changed(part, change, done) for name, part in before.items()}
+        return each if all(after[name] is before[name] for name in before) else replace(each, **after)
+    if isinstance(each, dict):
+        after = {key: _changed(part, change, done) for key, part in each.items()}
+        return each if all(after[key] is each[key] for key in each) else after
+    if isinstance(each, (list, tuple)):
+        parts = [_changed(part, change, done) for part in each]
+        same = all(new is old for new, old in zip(parts, each, strict=True))
+        return each if same else type(each)(parts)
+    return each
 
 
 def moved(value: T, device: torch.device) -> T:
