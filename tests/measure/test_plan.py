@@ -332,6 +332,15 @@ def test_the_command_says_all_on_one_screen_and_as_json() -> None:
     assert told["peak_bytes"] == max(phase["peak"] for phase in told["phases"])
 
 
+def test_a_text_that_is_not_there_is_refused_as_by_quantize(tmp_path: Path) -> None:
+    file = str(tmp_path / "typo.txt")
+    for command in (["plan", "tiny"], ["quantize", "tiny", "--out", str(tmp_path / "out")]):
+        done = run(*command, "--calibration", file)
+        assert done.returncode == 2
+        assert f"no text at {file}; give a UTF-8 text file" in done.stderr.replace("\n", " ")
+    assert run("plan", "tiny", "--calibration", "stdlib").returncode == 0
+
+
 def test_real_figures_stand_beside_the_plan(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path / "model")
     plan = plan_of(directory)

@@ -122,6 +122,7 @@ def plan_of(
     """The plan of what is typed."""
     from resq import inputs
     from resq.measure.plan import Asked, check_statistics, described, planned
+    from resq.models.text import check_text
     from resq.ptq.statistics_file import read_header
 
     chosen, place = inputs.chosen_recipe(recipe, bits, head_bits), inputs.chosen_device(device)
@@ -130,6 +131,8 @@ def plan_of(
         header = read_header(statistics)
         windows, window_length = inputs.windows_of(str(statistics), header, chosen, windows, window_length)
         check_statistics(str(statistics), header, model, chosen)
+    for file in calibration or ():
+        check_text(file)
     sizes = [(file.suffix == ".jsonl", file.stat().st_size) for file in calibration or () if file.is_file()]
     asked = Asked(
         recipe=chosen,

@@ -61,8 +61,7 @@ def read_documents(file: Path, tokenizer: Any, *, evaluation: bool) -> list[str]
     line."""
     if str(file) == embedded.TEXT:
         return corpus.documents(evaluation=evaluation)
-    if not file.is_file():
-        raise no_text(file)
+    check_text(file)
     try:
         with open(file, encoding="utf-8-sig") as stream:
             if file.suffix != ".jsonl":
@@ -158,13 +157,18 @@ def calibration_documents(file: Path, tokenizer: Any) -> Sequence[str]:
     return Pieces(file, size) if size > WHOLE else read_documents(file, tokenizer, evaluation=False)
 
 
+def check_text(file: str | Path) -> None:
+    """Raises InputError when there is no such text."""
+    if str(file) != embedded.TEXT and not Path(file).is_file():
+        raise no_text(file)
+
+
 def text_sha256(file: str | Path) -> str:
     """Hash of a calibration text: of the file, of all documents of `stdlib`. Raises InputError when there is none."""
     if str(file) == embedded.TEXT:
         documents = corpus.documents(evaluation=False)
         return hashlib.sha256("\0".join(documents).encode()).hexdigest()
-    if not Path(file).is_file():
-        raise no_text(file)
+    check_text(file)
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

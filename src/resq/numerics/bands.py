@@ -151,3 +151,8 @@ class Layout:
 INT4 = Layout(4)
 INT8 = Layout(8)
 INT4_INT8 = Layout(4, ((8, Fraction(1, 8)),))
+
+
+def cuts(size: int, width: int) -> list[slice]:
+    """0 … size - 1 in slices of `width`, the last one maybe shorter."""
+    return [slice(start, min(start + width, size)) for start in range(0, size, width)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from resq.errors import InputError
+from resq.numerics.bands import cuts
 
 # Windows summed one after the other before the tree begins: fewer partial sums to hold, and the smallest shard.
 LEAF_WINDOWS = 8
@@ -242,8 +243,7 @@ def symmetric(upper: Tensor) -> Tensor:
 
 def panels(size: int) -> list[slice]:
     """Of the rows or columns of a moment [size, size]."""
-    width = max(PANEL, -(-size // PANELS))
-    return [slice(start, min(start + width, size)) for start in range(0, size, width)]
+    return cuts(size, max(PANEL, -(-size // PANELS)))
 
 
 def half(size: int) -> int:

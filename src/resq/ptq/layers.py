@@ -15,7 +15,7 @@ from resq.errors import InputError
 from resq.models import decoder
 from resq.models.architecture import READERS, Point, Role, Shape
 from resq.models.decoder import Layer, Positions
-from resq.numerics.bands import Bands
+from resq.numerics.bands import Bands, cuts
 from resq.numerics.device import CPU, moved
 from resq.numerics.formats import ActivationFormat, HeadFormats, Norm
 from resq.numerics.linear import DenseLinear, Linear, PackedLinear
@@ -86,7 +86,7 @@ class Stream:
     def put(self, role: Role, linear: Linear, bias: Tensor | None) -> None:
         """Run on with this weight, in the dtype of the operators; bias: the one before it was stored."""
         weight = torch.empty(linear.shape, dtype=self.ops.dtype, device=self.ops.device)
-        for cut in blocks_of_rows(linear.shape[0]):
+        for cut in cuts(linear.shape[0], ROWS):
             packed = isinstance(linear, PackedLinear)
             weight[cut] = linear.rows(cut).dequantize(torch.float64) if packed else linear.weight[cut]
         self.layer.linears[role] = DenseLinear(weight, None if bias is None else bias.to(self.ops.dtype))
@@ -185,10 +185,10 @@ def rounded_by_rows(
 ) -> tuple[PackedLinear, LinearReport]:
     """Round blocks of `ROWS` rows, each by the rank that owns it; all ranks get them all. Blocks are the same for any
     number of ranks, so that the bits are too. Raises InputError with the linear's `name`."""
-    cuts = blocks_of_rows(len(linear.weight))
+    rows = cuts(len(linear.weight), ROWS)
     mine: dict[int, _Block] = {}
-    for number in ranks.share(len(cuts)):
-        cut = cuts[number]
+    for number in ranks.share(len(rows)):
+        cut = rows[number]
         try:
             result = rounding(linear.weight[cut], moments, bands, None if linear.bias is None else linear.bias[cut])
         except InputError as error:
@@ -199,16 +199,11 @@ def rounded_by_rows(
     if ranks.size > 1:
         everyone = ranks.gathered(moved(mine, CPU))
         mine = moved({number: block for part in everyone for number, block in part.items()}, linear.weight.device)
-    blocks = [mine[number] for number in range(len(cuts))]
+    blocks = [mine[number] for number in range(len(rows))]
     dampings = [block.damping for block in blocks if block.damping is not None]
     error = sum(block.lost for block in blocks) / max(sum(block.energy for block in blocks), 1e-300)
     report = LinearReport(0, "", error, max(dampings, default=None), 0.0, *_empty(linear, moments))
     return PackedLinear.stacked([block.linear for block in blocks]), report
-
-
-def blocks_of_rows(rows: int) -> list[slice]:
-    """`ROWS` at once."""
-    return [slice(start, min(start + ROWS, rows)) for start in range(0, rows, ROWS)]
 
 
 def kept_wide(linear: DenseLinear, moments: InputMoments | None) -> tuple[DenseLinear, LinearReport]:

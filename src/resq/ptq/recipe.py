@@ -13,7 +13,7 @@ from torch import Tensor
 
 from resq.errors import InputError
 from resq.models.architecture import READERS, Point, Role, Shape, Site
-from resq.numerics.bands import Bands, Layout
+from resq.numerics.bands import Bands, Layout, cuts
 from resq.numerics.device import CPU
 from resq.numerics.linear import PackedLinear
 from resq.numerics.maps import LinearMap
@@ -195,9 +195,8 @@ class InputMoments:
         """Σ ||W x̂||² = tr(W H W^T) of W float64 [out, in], H = Σ x̂ x̂^T: what a linear puts out, or a change of its
         weights. By panels of columns, so that of the symmetric H only half is multiplied."""
         total = weight.new_zeros(())
-        for start in range(0, weight.shape[1], PANEL):
-            panel = slice(start, start + PANEL)
-            before = weight[:, :start] @ self.seen[:start, panel]
+        for panel in cuts(weight.shape[1], PANEL):
+            before = weight[:, : panel.start] @ self.seen[: panel.start, panel]
             own = weight[:, panel] @ symmetric(self.seen[panel, panel])
             total += (before.mul_(2).add_(own) * weight[:, panel]).sum()
         return float(total)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resq.errors import InputError
 from resq.numerics.affine import round_symmetric
-from resq.numerics.bands import Bands
+from resq.numerics.bands import Bands, cuts
 from resq.numerics.linear import PackedLinear
 from resq.numerics.moments import symmetric
 from resq.ptq.recipe import InputMoments, Rounded
@@ -67,7 +67,9 @@ def inverse_factor(moments: InputMoments, damping: float, order: Tensor | None =
         if bool(torch.isfinite(mean)) and factorize(made, moments, plain + damping * mean, order):
             invert(made)
             return made
-        if not all(torch.isfinite(moments.seen[panel, panel.start :].triu()).all() for panel in panels(len(energy))):
+        if not all(
+            torch.isfinite(moments.seen[panel, panel.start :].triu()).all() for panel in cuts(len(energy), PANEL)
+        ):
             raise InputError(
                 "the calibration moment holds NaN or Inf: an activation overflowed; check the source model"
             )
@@ -75,11 +77,6 @@ def inverse_factor(moments: InputMoments, damping: float, order: Tensor | None =
     raise InputError(
         f"the calibration moment cannot be factorized even with damping {damping / DAMPING_STEP:g}; use more windows"
     )
-
-
-def panels(size: int) -> list[slice]:
-    """`PANEL` at once."""
-    return [slice(start, min(start + PANEL, size)) for start in range(0, size, PANEL)]
 
 
 def factorize(into: Factor, moments: InputMoments, diagonal: Tensor, order: Tensor | None) -> bool:
@@ -90,7 +87,7 @@ def factorize(into: Factor, moments: InputMoments, diagonal: Tensor, order: Tens
     faster than MKL's factorization.
     """
     index = torch.arange(len(diagonal), device=diagonal.device) if order is None else order
-    for panel in reversed(panels(len(diagonal))):
+    for panel in reversed(cuts(len(diagonal), PANEL)):
         start, after = panel.start, into.below[panel.stop :]
         square = moments.entries(index[panel], index[panel])
         square.diagonal().copy_(diagonal[panel])
@@ -118,7 +115,7 @@ def invert(factor: Factor) -> None:
     """Q^-1 in place of the lower-triangular Q, by panels of rows: [[A, 0], [B, C]]^-1 = [[A^-1, 0], [-C^-1 B A^-1,
     C^-1]] with A^-1 from the panels before."""
     below, done = factor.below, list[tuple[slice, Tensor]]()
-    for panel in panels(len(factor.pivots)):
+    for panel in cuts(len(factor.pivots), PANEL):
         inverse = inverse_of(factor.square(panel))
         for each, last in done:  # what it reads of this panel of B lies in and after the columns that it writes
             own = below[panel, each] @ last
@@ -140,15 +137,15 @@ def corrected(weight: Tensor, moments: InputMoments, damping: float) -> Tensor:
     made = factor(moments, damping)
     # By panels of rows: no difference of two [in, in] is held, and no zeros of V are multiplied.
     right, half, change = (weight.new_empty(weight.shape[1], weight.shape[0]) for _ in range(3))
-    cuts = panels(weight.shape[1])
-    for panel in cuts:
+    panels = cuts(weight.shape[1], PANEL)
+    for panel in panels:
         own = symmetric(moments.seen[panel, panel])
         seen = torch.cat([moments.seen[: panel.start, panel].T, own, moments.seen[panel, panel.stop :]], dim=1)
         torch.mm(moments.cross[panel] - seen, weight.T, out=right[panel])
-    for panel in cuts:
+    for panel in panels:
         torch.mm(made.square(panel).T, right[panel], out=half[panel])
         half[panel].addmm_(made.below[panel.stop :, panel].T, right[panel.stop :])
-    for panel in cuts:
+    for panel in panels:
         torch.mm(made.square(panel), half[panel], out=change[panel])
         change[panel].addmm_(made.below[panel, : panel.start], half[: panel.start])
     return weight + change.T
